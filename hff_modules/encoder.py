@@ -1,0 +1,326 @@
+"""A pretrained speech encoder, cut to what is needed, that gives the states of selected layers.
+
+The horizon is the idea that everything hangs on: the highest layer at and below which nothing is
+trained. It follows from ``requires_grad``; nobody sets it. Below it there is no graph, no dropout
+and no LayerDrop, in training as in evaluation.
+"""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel
+from transformers.utils import cached_file
+from transformers.utils import logging as hf_logging
+
+from hff_modules.families import FAMILIES, Family
+from hff_modules.layers import LayerSpec, parse_layers
+
+BUILTIN = Path(__file__).parent / "pretrained" / "conformer-small"
+_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class SSLEncoder(nn.Module):
+    """Selected hidden states of a frozen self-supervised encoder.
+
+    State ``k`` is the output of layer ``k``; state 0 is what enters layer 1; the last one is
+    Hugging Face's ``last_hidden_state``. Layers above the highest selected one are neither run nor
+    kept. An utterance gives the same states alone as in any padded batch.
+
+    Families: wav2vec 2.0 / XLS-R / MMS, HuBERT, WavLM, data2vec-audio, UniSpeech-SAT,
+    wav2vec2-conformer, w2v-BERT 2.0, Whisper (encoder).
+
+    Arguments
+    ---------
+    source : str
+        Hub name, local folder (``config.json``, ``model.safetensors`` and, if there is one,
+        ``preprocessor_config.json``), or ``"builtin"`` for the encoder shipped with this package.
+    layers : str | int | Sequence[int]
+        Which states to give, see :func:`hff_modules.layers.parse_layers`. 0 may be among them.
+    precision : str
+        "fp32", "bf16" or "fp16": arithmetic below the horizon. States come out as fp32.
+    pretrained : bool
+        False draws the weights at random (from ``seed``) for the same architecture.
+    revision : str, optional
+        Hub revision; the newest one by default.
+    seed : int
+        For random weights.
+
+    Example
+    -------
+    >>> encoder = SSLEncoder("builtin", layers=[3, 6, 9])
+    >>> states, lengths = encoder(torch.randn(2, 16000), torch.tensor([1.0, 0.5]))
+    >>> len(states), lengths.tolist(), encoder.horizon
+    (3, [24, 12], 9)
+    """
+
+    def __init__(
+        self,
+        source: str = "builtin",
+        layers: LayerSpec = "all",
+        precision: str = "fp32",
+        pretrained: bool = True,
+        revision: str | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if precision not in _PRECISIONS:
+            raise ValueError(f"precision={precision!r}: expected one of {', '.join(_PRECISIONS)}")
+        self.source, self.precision = source, precision
+        self.untrained = not pretrained
+        family = _load(source, pretrained, revision, seed)
+        self.revision = getattr(family.model.config, "_commit_hash", None)
+        self.num_layers = len(family.layers)
+        self.layers = parse_layers(layers, self.num_layers)
+        self.top = self.layers[-1]
+        self.hidden_size = family.hidden_size
+        family.truncate(self.top)
+        family.model.requires_grad_(False)
+        self.model = family.model
+        self._family = family
+        self.fingerprint = _fingerprint(self.model, family.preprocessor)
+        self.train(self.training)
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second of speech."""
+        seconds = torch.tensor([10, 20]) * 16000
+        first, second = self.count_frames(seconds).tolist()
+        return (second - first) / 10
+
+    @property
+    def minimum_samples(self) -> int:
+        """The shortest utterance (samples) that gives a frame."""
+        return self._family.minimum_samples
+
+    @property
+    def horizon(self) -> int:
+        """The highest state that training cannot change; -1 if there is none, not even state 0."""
+        family = self._family
+        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
+        if not trained:
+            return self.top
+        lowest = self.top
+        if family.final_norm is not None:  # it makes the last state out of the last layer's output
+            in_norm = {id(p) for p in family.final_norm.parameters()}
+            if trained & in_norm:
+                lowest, trained = self.num_layers - 1, trained - in_norm
+        for number in range(len(family.layers), 0, -1):
+            in_layer = {id(p) for p in family.layers[number - 1].parameters()}
+            if trained & in_layer:
+                lowest, trained = min(lowest, number - 1), trained - in_layer
+        return -1 if trained else lowest
+
+    def unfreeze(self, layers: LayerSpec) -> "SSLEncoder":
+        """Train parts of the encoder itself.
+
+        Arguments
+        ---------
+        layers : str | int | Sequence[int]
+            ``"all"`` for everything but the waveform CNN (full fine-tuning); otherwise a choice
+            among the layers that are kept, such as ``"last:3"`` (top-k fine-tuning).
+
+        Returns
+        -------
+        SSLEncoder
+            Itself.
+        """
+        family = self._family
+        if layers == "all":
+            self.model.requires_grad_(True)
+            for module in [*family.never_trained, *family.layers[self.top :]]:
+                module.requires_grad_(False)
+        else:
+            for number in parse_layers(layers, self.top, lowest=1):
+                family.layers[number - 1].requires_grad_(True)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> "SSLEncoder":
+        """Set the mode above the horizon; what lies below always stays in evaluation mode.
+
+        Frozen batch norms stay there as well, so their statistics do not drift.
+        """
+        super().train(mode)
+        self._mode_horizon = self.horizon
+        if mode and self._mode_horizon >= 0:
+            self.model.eval()
+            for layer in self._family.layers[self._mode_horizon :]:
+                layer.train()
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if not any(p.requires_grad for p in module.parameters()):
+                    module.eval()
+        return self
+
+    def count_frames(self, num_samples: torch.Tensor) -> torch.Tensor:
+        """Frames that utterances of ``num_samples`` samples give; (batch,) whole numbers."""
+        return self._family.count_frames(num_samples)
+
+    def forward(
+        self, wavs: torch.Tensor, wav_lens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the selected states.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            (batch, samples), 16 kHz, -1 to 1.
+        wav_lens : torch.Tensor, optional
+            (batch,), valid share of each row as SpeechBrain has it; all valid by default.
+
+        Returns
+        -------
+        tuple[torch.Tensor, torch.Tensor]
+            States (num_states, batch, frames, width) and valid frames (batch,).
+
+        Raises
+        ------
+        ValueError
+            When an utterance is too short to give a frame.
+        """
+        if wav_lens is None:
+            wav_lens = wavs.new_ones(len(wavs))
+        num_samples = (wav_lens * wavs.shape[1]).round().long()
+        if int(num_samples.min()) < self.minimum_samples:
+            raise ValueError(
+                f"utterance {int(num_samples.argmin())} of the batch has {int(num_samples.min())} "
+                f"samples; {self.source} needs at least {self.minimum_samples} to give a frame"
+            )
+        horizon = self.horizon
+        if self.training and horizon != self._mode_horizon:
+            self.train()
+        states = {}
+        with self._frozen(wavs.device) if horizon >= 0 else torch.enable_grad():
+            hidden, lengths, call = self._family.enter(wavs, num_samples)
+            if 0 in self.layers:
+                states[0] = hidden.float()
+            for number in range(1, horizon + 1):
+                hidden = self._step(number, hidden, call, states)
+        if horizon < self.top:
+            hidden = hidden.float()
+            for number in range(max(horizon, 0) + 1, self.top + 1):
+                hidden = self._step(number, hidden, call, states)
+        frames = int(lengths.max())
+        return torch.stack([states[k][:, :frames] for k in self.layers]), lengths
+
+    def manifest(self) -> dict:
+        """What identifies this encoder in checkpoints and results; JSON-able."""
+        return {
+            "source": self.source,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "family": self.model.config.model_type,
+            "pretrained": not self.untrained,
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "layers": self.layers,
+        }
+
+    def _step(self, number, hidden, call, states):
+        hidden = self._family.run_layer(number, hidden, call)
+        if number in self.layers:
+            norm = self._family.final_norm if number == self.num_layers else None
+            states[number] = (norm(hidden) if norm is not None else hidden).float()
+        return hidden
+
+    @contextlib.contextmanager
+    def _frozen(self, device: torch.device):
+        """No graph, and the chosen precision."""
+        dtype = _PRECISIONS[self.precision]
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            yield
+
+
+def _load(source: str, pretrained: bool, revision: str | None, seed: int) -> Family:
+    name = str(BUILTIN) if source == "builtin" else str(source)
+    if Path(name).is_dir():
+        config = _read_json(Path(name) / "config.json")
+        model_type = config.get("model_type")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"encoder {name!r}: there is no such folder")
+    else:
+        model_type = AutoConfig.from_pretrained(name, revision=revision).model_type
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"encoder {name!r} is of the family {model_type!r}; "
+            f"known families: {', '.join(sorted(FAMILIES))}"
+        )
+    model = _pretrained(name, revision) if pretrained else _random(name, revision, seed)
+    model = model.encoder if model_type == "whisper" else model
+    return FAMILIES[model_type](model, _preprocessor(name, revision))
+
+
+def _pretrained(name: str, revision: str | None) -> nn.Module:
+    if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"encoder folder {name!r} has no *.safetensors file; weights in other formats are not "
+            "read, as opening them can execute code"
+        )
+    with _quiet():
+        model, loading = AutoModel.from_pretrained(
+            name,
+            revision=revision,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    missing = [key for key in loading["missing_keys"] if not key.endswith("masked_spec_embed")]
+    if missing:
+        raise ValueError(
+            f"encoder {name!r}: its weights lack {len(missing)} tensors that its config.json asks "
+            f"for, such as {sorted(missing)[0]!r}"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No progress bar and no report on unused heads; what matters is checked right after."""
+    bars, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _random(name: str, revision: str | None, seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModel.from_config(AutoConfig.from_pretrained(name, revision=revision)).float()
+
+
+def _preprocessor(name: str, revision: str | None) -> dict:
+    path = Path(name) / "preprocessor_config.json"
+    if not Path(name).is_dir():
+        found = cached_file(
+            name,
+            path.name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        path = Path(found) if found else path
+    return _read_json(path) if path.is_file() else {}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: this is no encoder folder") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def _fingerprint(model: nn.Module, preprocessor: dict) -> str:
+    digest = hashlib.sha256(json.dumps(preprocessor, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,328 @@
+"""The only place that knows the names inside other people's encoders.
+
+A ``Family`` wraps one Hugging Face model and answers four questions: how waveforms become its
+input, how many frames come out, which modules are its layers, and what layer 1 is called with.
+Nothing of Hugging Face's ``forward`` is copied: it runs until layer 1 is reached and is stopped
+there, which yields both the state that enters layer 1 and the masks and position embeddings that
+every layer is called with.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from hff_modules.frontend import KaldiLogMel, WhisperLogMel, normalise, valid_mask
+
+
+@dataclass
+class LayerCall:
+    """What an encoder hands to each of its layers besides the hidden state."""
+
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
+
+
+@dataclass
+class Padding:
+    """Which part of the present batch is valid; None where nothing is padded."""
+
+    num_samples: torch.Tensor | None = None  # (batch,)
+    frames: torch.Tensor | None = None  # (batch, frames), True where valid
+
+
+class _LayerOneReached(Exception):
+    def __init__(self, hidden: torch.Tensor, call: LayerCall):
+        super().__init__()
+        self.hidden, self.call = hidden, call
+
+
+def _stop_at_layer_one(module: nn.Module, args: tuple, kwargs: dict):
+    hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
+    raise _LayerOneReached(hidden, LayerCall(tuple(rest), kwargs))
+
+
+class MaskedGroupNorm(nn.GroupNorm):
+    """Group norm whose statistics leave out padding.
+
+    Without it wav2vec2-base and HuBERT-base give an utterance other states in a padded batch than
+    alone. Shares its parameters with the norm that it stands in for.
+    """
+
+    def __init__(self, norm: nn.GroupNorm, conv: nn.Conv1d, padding: Padding):
+        super().__init__(norm.num_groups, norm.num_channels, norm.eps, norm.affine)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.kernel, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], padding
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalise each utterance over its own length; (batch, channels, time) both ways."""
+        if self.padding.num_samples is None:
+            return super().forward(hidden)
+        lengths = (self.padding.num_samples - self.kernel) // self.stride + 1
+        rows = []
+        for row, length in zip(hidden.split(1), lengths.tolist(), strict=True):
+            row = super().forward(row[..., :length])
+            rows.append(nn.functional.pad(row, (0, hidden.shape[-1] - length)))
+        return torch.cat(rows)
+
+
+class Family:
+    """One pretrained encoder, seen in the same way whatever its architecture.
+
+    Arguments
+    ---------
+    model : nn.Module
+        The Hugging Face model (for Whisper its encoder).
+    preprocessor : dict
+        The model's ``preprocessor_config.json``; empty for the defaults.
+    """
+
+    input_name = "input_values"
+    minimum_samples = 400
+
+    def __init__(self, model: nn.Module, preprocessor: dict):
+        self.model = model
+        self.preprocessor = preprocessor
+        self.padding = Padding()
+        config = model.config
+        config.apply_spec_augment = False  # masking belongs on the fused features
+        config.layerdrop = 0.0
+        for name, parameter in list(model.named_parameters(recurse=False)):
+            if name == "masked_spec_embed":  # unused from here on, and DDP would wait for it
+                delattr(model, name)
+                parameter.requires_grad_(False)
+
+    @property
+    def stack(self) -> nn.Module:
+        """The module that holds the layers."""
+        return self.model.encoder
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers, the first at index 0."""
+        return self.stack.layers
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """A norm behind the last layer, where the architecture has one."""
+        return self.stack.layer_norm if self.norm_comes_last else None
+
+    @property
+    def norm_comes_last(self) -> bool:
+        """Whether ``stack.layer_norm`` stands behind the last layer and not before the first."""
+        return bool(getattr(self.model.config, "do_stable_layer_norm", False))
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the states."""
+        return self.model.config.hidden_size
+
+    @property
+    def never_trained(self) -> list[nn.Module]:
+        """What full fine-tuning leaves frozen too: the waveform CNN, sinusoidal positions."""
+        return []
+
+    def truncate(self, top: int) -> None:
+        """Remove the layers above ``top``; layer 1 stays, as states are caught in front of it."""
+        if top < len(self.layers):
+            self.stack.layers = self.layers[: max(top, 1)]
+            if self.norm_comes_last:
+                self.stack.layer_norm = nn.Identity()
+
+    def count_frames(self, num_samples: torch.Tensor) -> torch.Tensor:
+        """Frames of utterances with ``num_samples`` samples each, (batch,) both ways."""
+        raise NotImplementedError
+
+    def inputs(self, wavs: torch.Tensor, num_samples: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The model's keyword arguments for (batch, samples) waveforms."""
+        raise NotImplementedError
+
+    def enter(
+        self, wavs: torch.Tensor, num_samples: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, LayerCall]:
+        """Run everything in front of layer 1.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            (batch, samples), 16 kHz.
+        num_samples : torch.Tensor
+            (batch,), valid samples.
+
+        Returns
+        -------
+        tuple[torch.Tensor, torch.Tensor, LayerCall]
+            What enters layer 1 (batch, frames, width), valid frames (batch,), and what else each
+            layer is called with.
+        """
+        with torch.no_grad():
+            inputs = self.inputs(wavs, num_samples)
+        lengths = self.count_frames(num_samples)
+        self.set_padding(lengths, num_samples)
+        hook = self.layers[0].register_forward_pre_hook(_stop_at_layer_one, with_kwargs=True)
+        try:
+            self.model(**inputs)
+        except _LayerOneReached as reached:
+            return reached.hidden, lengths, reached.call
+        finally:
+            hook.remove()
+        raise RuntimeError(f"{type(self.model).__name__} never called its first layer")
+
+    def set_padding(self, lengths: torch.Tensor, num_samples: torch.Tensor | None = None) -> None:
+        """Tell the padding-sensitive modules which part of the coming batch is valid."""
+        padded = len(lengths) > 1 and bool((lengths != lengths.max()).any())
+        self.padding.frames = valid_mask(lengths, int(lengths.max())) if padded else None
+        if num_samples is not None:
+            padded = len(lengths) > 1 and bool((num_samples != num_samples.max()).any())
+            self.padding.num_samples = num_samples if padded else None
+
+    def run_layer(self, number: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Layer ``number`` (from 1): state ``number - 1`` to state ``number``."""
+        out = self.layers[number - 1](hidden, *call.args, **call.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _mask_padding_at(self, module: nn.Module) -> None:
+        """Zero the padding in what ``module`` reads, (batch, channels, frames).
+
+        A convolution that is wider than one frame would otherwise carry padding into the speech.
+        """
+
+        def zero_padding(_: nn.Module, args: tuple):
+            mask = self.padding.frames
+            return None if mask is None else (args[0].masked_fill(~mask.unsqueeze(1), 0.0),)
+
+        module.register_forward_pre_hook(zero_padding)
+
+
+class WaveformFamily(Family):
+    """wav2vec 2.0, XLS-R, MMS, HuBERT, UniSpeech-SAT: a CNN over samples, then a Transformer."""
+
+    def __init__(self, model: nn.Module, preprocessor: dict):
+        super().__init__(model, preprocessor)
+        convolution = model.feature_extractor
+        first = convolution.conv_layers[0]
+        if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
+            first.layer_norm = MaskedGroupNorm(first.layer_norm, first.conv, self.padding)
+        # Otherwise Hugging Face makes the waveform itself require a gradient in train mode.
+        convolution._freeze_parameters()
+
+    @property
+    def never_trained(self) -> list[nn.Module]:  # noqa: D102
+        return [self.model.feature_extractor]
+
+    def count_frames(self, num_samples: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        config = self.model.config
+        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+            num_samples = torch.div(num_samples - kernel, stride, rounding_mode="floor") + 1
+        return num_samples.clamp(min=0)
+
+    def inputs(self, wavs: torch.Tensor, num_samples: torch.Tensor) -> dict:  # noqa: D102
+        wavs = wavs[:, : int(num_samples.max())]
+        mask = valid_mask(num_samples, wavs.shape[1])
+        wavs = normalise(wavs, mask) if self.preprocessor.get("do_normalize", True) else wavs * mask
+        padded = len(wavs) > 1 and not bool(mask.all())
+        return {"input_values": wavs, "attention_mask": mask.long() if padded else None}
+
+
+class WavLMFamily(WaveformFamily):
+    """WavLM: layer 1 makes a position bias that every later layer is given."""
+
+    def run_layer(self, number: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:  # noqa: D102
+        hidden, call.kwargs["position_bias"] = self.layers[number - 1](
+            hidden, *call.args, **call.kwargs
+        )
+        return hidden
+
+
+class Data2VecFamily(WaveformFamily):
+    """data2vec-audio: positions come from a stack of convolutions, each of which sees padding."""
+
+    norm_comes_last = False
+
+    def __init__(self, model: nn.Module, preprocessor: dict):
+        super().__init__(model, preprocessor)
+        for layer in model.encoder.pos_conv_embed.layers:
+            self._mask_padding_at(layer.conv)
+
+
+class ConformerFamily(WaveformFamily):
+    """wav2vec2-conformer: convolutions inside the layers, which Hugging Face does not mask."""
+
+    norm_comes_last = True
+
+    def __init__(self, model: nn.Module, preprocessor: dict):
+        super().__init__(model, preprocessor)
+        model.encoder.pos_conv_embed = nn.Identity()  # built by Hugging Face, never used
+        for layer in self.layers:
+            self._mask_padding_at(layer.conv_module.depthwise_conv)
+
+
+class W2vBertFamily(Family):
+    """w2v-BERT 2.0 and the built-in encoder: stacked Kaldi log-mels, then Conformer layers."""
+
+    def __init__(self, model: nn.Module, preprocessor: dict):
+        super().__init__(model, preprocessor)
+        num_mels = preprocessor.get("num_mel_bins", 80)
+        width = model.config.feature_projection_input_dim
+        stride = preprocessor.get("stride", width // num_mels)
+        if num_mels * stride != width:
+            raise ValueError(
+                f"preprocessor_config.json has num_mel_bins={num_mels} and stride={stride}, but "
+                f"config.json has feature_projection_input_dim={width}, not their product"
+            )
+        self.log_mel = KaldiLogMel(num_mels, stride)
+        self.minimum_samples = 400 + 160 * (stride - 1)
+
+    def count_frames(self, num_samples: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return self.log_mel.count_frames(num_samples)
+
+    def inputs(self, wavs: torch.Tensor, num_samples: torch.Tensor) -> dict:  # noqa: D102
+        features, lengths = self.log_mel.to(wavs.device)(wavs, num_samples)
+        padded = len(wavs) > 1 and bool((lengths != lengths.max()).any())
+        mask = valid_mask(lengths, features.shape[1]).long() if padded else None
+        return {"input_features": features, "attention_mask": mask}
+
+
+class WhisperFamily(Family):
+    """Whisper's encoder: always 30 s of log-mels, silence included, as it was trained."""
+
+    def __init__(self, model: nn.Module, preprocessor: dict):
+        super().__init__(model, preprocessor)
+        model.layerdrop = 0.0
+        seconds = model.config.max_source_positions // 50
+        self.log_mel = WhisperLogMel(model.config.num_mel_bins, seconds)
+
+    norm_comes_last = True
+
+    @property
+    def stack(self) -> nn.Module:  # noqa: D102
+        return self.model
+
+    @property
+    def hidden_size(self) -> int:  # noqa: D102
+        return self.model.config.d_model
+
+    @property
+    def never_trained(self) -> list[nn.Module]:  # noqa: D102
+        return [self.model.embed_positions]
+
+    def count_frames(self, num_samples: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return torch.div(num_samples + 319, 320, rounding_mode="floor")
+
+    def inputs(self, wavs: torch.Tensor, num_samples: torch.Tensor) -> dict:  # noqa: D102
+        return {"input_features": self.log_mel.to(wavs.device)(wavs, num_samples)}
+
+    def set_padding(self, lengths: torch.Tensor, num_samples: torch.Tensor | None = None) -> None:  # noqa: D102
+        pass  # silence is part of what Whisper reads, so nothing is masked
+
+
+FAMILIES: dict[str, type[Family]] = {
+    "wav2vec2": WaveformFamily,
+    "hubert": WaveformFamily,
+    "unispeech-sat": WaveformFamily,
+    "wavlm": WavLMFamily,
+    "data2vec-audio": Data2VecFamily,
+    "wav2vec2-conformer": ConformerFamily,
+    "wav2vec2-bert": W2vBertFamily,
+    "whisper": WhisperFamily,
+}

@@ -1,0 +1,332 @@
+"""From the states of several layers to one sequence of features.
+
+Every fusion maps states (num_states, batch, frames, input_size) and the valid frames of each
+utterance to features (batch, frames, ``output_size``).
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from hff_modules.frontend import valid_mask
+
+_ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
+
+
+class Fusion(nn.Module):
+    """What all fusions share.
+
+    Arguments
+    ---------
+    num_states : int
+        States that are given, low layers first.
+    input_size : int
+        Width of each state.
+    output_size : int
+        Width of the features.
+    """
+
+    def __init__(self, num_states: int, input_size: int, output_size: int):
+        super().__init__()
+        if num_states < 1:
+            raise ValueError(f"num_states={num_states}: a fusion needs at least one state")
+        self.num_states, self.input_size, self.output_size = num_states, input_size, output_size
+
+    def check(self, states: torch.Tensor) -> None:
+        """Refuse states of another number or width than the fusion was made for."""
+        if states.dim() != 4 or states.shape[0] != self.num_states:
+            raise ValueError(
+                f"{type(self).__name__} was made for {self.num_states} states as (num_states, "
+                f"batch, frames, width); given {tuple(states.shape)}"
+            )
+        if states.shape[-1] != self.input_size:
+            raise ValueError(
+                f"{type(self).__name__} was made for states of width {self.input_size}; "
+                f"given {states.shape[-1]}"
+            )
+
+
+class LastLayer(Fusion):
+    """The highest selected state as it is: the baseline, with nothing to train.
+
+    Example
+    -------
+    >>> LastLayer(num_states=2, input_size=8)(torch.randn(2, 3, 5, 8)).shape
+    torch.Size([3, 5, 8])
+    """
+
+    def __init__(self, num_states: int, input_size: int):
+        super().__init__(num_states, input_size, input_size)
+
+    def forward(self, states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Map states (num_states, batch, frames, width) to features (batch, frames, width)."""
+        self.check(states)
+        return states[-1]
+
+
+class WeightedSum(Fusion):
+    """``sum_k softmax(w)_k h_k`` with ``w = 0`` at first (SUPERB, Yang et al., 2021).
+
+    Arguments
+    ---------
+    num_states : int
+        States that are given.
+    input_size : int
+        Width of each state.
+    layer_norm : bool
+        Normalise each state first (no trained scale), so that wide and narrow ones weigh alike.
+
+    Example
+    -------
+    >>> fusion = WeightedSum(num_states=2, input_size=8)
+    >>> fusion(torch.randn(2, 3, 5, 8)).shape
+    torch.Size([3, 5, 8])
+    """
+
+    def __init__(self, num_states: int, input_size: int, layer_norm: bool = False):
+        super().__init__(num_states, input_size, input_size)
+        self.layer_norm = layer_norm
+        self.weights = nn.Parameter(torch.zeros(num_states))
+
+    def layer_weights(self) -> list[float]:
+        """The weight that each state has now; they add up to 1."""
+        return torch.softmax(self.weights.detach(), 0).tolist()
+
+    def forward(self, states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Map states (num_states, batch, frames, width) to features (batch, frames, width)."""
+        self.check(states)
+        if self.layer_norm:
+            states = nn.functional.layer_norm(states, (self.input_size,))
+        return torch.einsum("k,kbtd->btd", torch.softmax(self.weights, 0), states)
+
+
+class ConcatProjection(Fusion):
+    """``W [h_1; ...; h_K]``: one linear map of all states side by side.
+
+    Arguments
+    ---------
+    num_states : int
+        States that are given.
+    input_size : int
+        Width of each state.
+    output_size : int, optional
+        Width of the features; ``input_size`` by default.
+    layer_norm : bool
+        Normalise each state first (no trained scale).
+
+    Example
+    -------
+    >>> ConcatProjection(num_states=2, input_size=8, output_size=4)(torch.randn(2, 3, 5, 8)).shape
+    torch.Size([3, 5, 4])
+    """
+
+    def __init__(
+        self,
+        num_states: int,
+        input_size: int,
+        output_size: int | None = None,
+        layer_norm: bool = False,
+    ):
+        super().__init__(num_states, input_size, output_size or input_size)
+        self.layer_norm = layer_norm
+        self.projection = nn.Linear(num_states * input_size, self.output_size, bias=False)
+
+    def forward(self, states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Map states (num_states, batch, frames, width) to features (batch, frames, output)."""
+        self.check(states)
+        if self.layer_norm:
+            states = nn.functional.layer_norm(states, (self.input_size,))
+        return self.projection(states.permute(1, 2, 0, 3).flatten(2))
+
+
+class HierarchicalConv(Fusion):
+    """HConv: convolutions over the layer axis (Shih & Harwath, 2024, arXiv 2406.12209).
+
+    ``floor(log3 K)`` full convolutions (kernel 5, stride 3, padding 2, ReLU) shorten the layer
+    axis; the last one gives ``input_size // K_last`` channels, so that flattening the ``K_last``
+    positions that remain gives about the width of one state again.
+
+    Arguments
+    ---------
+    num_states : int
+        States that are given; at least 3.
+    input_size : int
+        Width of each state.
+
+    Example
+    -------
+    >>> fusion = HierarchicalConv(num_states=13, input_size=768)
+    >>> round(sum(p.numel() for p in fusion.parameters()) / 1e6, 2)
+    4.42
+    """
+
+    def __init__(self, num_states: int, input_size: int):
+        if num_states < 3:
+            raise ValueError(
+                f"num_states={num_states}: a hierarchical convolution needs at least 3 states"
+            )
+        positions = [num_states]
+        while 3 ** len(positions) <= num_states:
+            positions.append((positions[-1] - 1) // 3 + 1)
+        channels = input_size // positions[-1]
+        super().__init__(num_states, input_size, channels * positions[-1])
+        convolutions = len(positions) - 1
+        widths = [input_size] * convolutions + [channels]
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(width, next_width, kernel_size=5, stride=3, padding=2)
+            for width, next_width in pairwise(widths)
+        )
+
+    def forward(self, states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Map states (num_states, batch, frames, width) to features (batch, frames, output)."""
+        self.check(states)
+        _, batch, frames, _ = states.shape
+        hidden = states.permute(1, 2, 3, 0).flatten(0, 1)  # (batch * frames, width, num_states)
+        for convolution in self.convolutions:
+            hidden = torch.relu(convolution(hidden))
+        return hidden.reshape(batch, frames, self.output_size)
+
+
+class HierarchicalFusion(Fusion):
+    """Hierarchical feature fusion: neighbouring layers merge pair by pair until one is left.
+
+    After Huo et al., "Hierarchical feature fusion" (ICASSP 2023, arXiv 2211.02712). The equations
+    of the paper are not public, so these are our own::
+
+        u_m^0     = act(W_m LN_m(h_m) + b_m)                one per state, input_size -> hidden_size
+        u_m^(j+1) = merge(u_2m^j, u_(2m+1)^j)               an odd one moves up as it is
+        features  = W_out u^top + b_out                     hidden_size -> output_size
+
+    with one of three merges, each with parameters of its own:
+
+    * ``concat``: ``act(W LN([a; b]) + b)``
+    * ``gated``: ``g * a + (1 - g) * b`` with ``g = sigmoid(W LN([a; b]) + b)``
+    * ``conv``: ``act(W LN([a; b]) + b)``, then a depthwise convolution over time added to it
+
+    Arguments
+    ---------
+    num_states : int
+        States that are given, low layers first.
+    input_size : int
+        Width of each state.
+    hidden_size : int
+        Width inside the hierarchy.
+    output_size : int, optional
+        Width of the features; ``input_size`` by default.
+    merge : str
+        "concat", "gated" or "conv".
+    layer_norm : bool
+        Normalise states and pairs (LayerNorm with trained scale and shift).
+    activation : str
+        "gelu", "relu", "silu" or "tanh".
+    kernel_size : int
+        Frames that the "conv" merge sees; odd.
+
+    Example
+    -------
+    >>> fusion = HierarchicalFusion(num_states=3, input_size=8, hidden_size=4)
+    >>> fusion(torch.randn(3, 2, 5, 8), torch.tensor([5, 3])).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        num_states: int,
+        input_size: int,
+        hidden_size: int = 256,
+        output_size: int | None = None,
+        merge: str = "concat",
+        layer_norm: bool = True,
+        activation: str = "gelu",
+        kernel_size: int = 5,
+    ):
+        super().__init__(num_states, input_size, output_size or input_size)
+        if activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"activation={activation!r}: expected one of {', '.join(_ACTIVATIONS)}"
+            )
+        if merge not in _MERGES:
+            raise ValueError(f"merge={merge!r}: expected one of {', '.join(_MERGES)}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size}: expected an odd number of frames")
+        act = _ACTIVATIONS[activation]
+        self.hidden_size = hidden_size
+        self.inputs = nn.ModuleList(
+            nn.Sequential(_norm(input_size, layer_norm), nn.Linear(input_size, hidden_size), act())
+            for _ in range(num_states)
+        )
+        self.merges = nn.ModuleList()  # level by level, as forward walks through them
+        nodes = num_states
+        for _ in range(math.ceil(math.log2(num_states))):
+            self.merges.append(
+                nn.ModuleList(
+                    _MERGES[merge](
+                        hidden_size, _norm(2 * hidden_size, layer_norm), act(), kernel_size
+                    )
+                    for _ in range(nodes // 2)
+                )
+            )
+            nodes = (nodes + 1) // 2
+        self.output = nn.Linear(hidden_size, self.output_size)
+
+    def forward(self, states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Fuse.
+
+        Arguments
+        ---------
+        states : torch.Tensor
+            (num_states, batch, frames, input_size).
+        lengths : torch.Tensor, optional
+            (batch,), valid frames; only the "conv" merge looks at them, all valid by default.
+
+        Returns
+        -------
+        torch.Tensor
+            (batch, frames, output_size).
+        """
+        self.check(states)
+        mask = None if lengths is None else valid_mask(lengths, states.shape[2]).unsqueeze(-1)
+        nodes = [project(state) for project, state in zip(self.inputs, states, strict=True)]
+        for level in self.merges:
+            merged = [merge(nodes[2 * m], nodes[2 * m + 1], mask) for m, merge in enumerate(level)]
+            nodes = merged + nodes[2 * len(level) :]
+        return self.output(nodes[0])
+
+
+def _norm(size: int, layer_norm: bool) -> nn.Module:
+    return nn.LayerNorm(size) if layer_norm else nn.Identity()
+
+
+class _ConcatMerge(nn.Module):
+    def __init__(self, size: int, norm: nn.Module, activation: nn.Module, kernel_size: int):
+        super().__init__()
+        self.norm, self.linear, self.activation = norm, nn.Linear(2 * size, size), activation
+
+    def forward(self, low, high, mask):
+        return self.activation(self.linear(self.norm(torch.cat([low, high], dim=-1))))
+
+
+class _GatedMerge(nn.Module):
+    def __init__(self, size: int, norm: nn.Module, activation: nn.Module, kernel_size: int):
+        super().__init__()
+        self.norm, self.linear = norm, nn.Linear(2 * size, size)
+
+    def forward(self, low, high, mask):
+        gate = torch.sigmoid(self.linear(self.norm(torch.cat([low, high], dim=-1))))
+        return gate * low + (1 - gate) * high
+
+
+class _ConvMerge(_ConcatMerge):
+    def __init__(self, size: int, norm: nn.Module, activation: nn.Module, kernel_size: int):
+        super().__init__(size, norm, activation, kernel_size)
+        self.conv = nn.Conv1d(size, size, kernel_size, padding=kernel_size // 2, groups=size)
+
+    def forward(self, low, high, mask):
+        merged = super().forward(low, high, mask)
+        seen = merged if mask is None else merged * mask  # padding must not reach the speech
+        return merged + self.conv(seen.transpose(1, 2)).transpose(1, 2)
+
+
+_MERGES = {"concat": _ConcatMerge, "gated": _GatedMerge, "conv": _ConvMerge}

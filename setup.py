@@ -1,0 +1,39 @@
+"""Packaging of hff_modules."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="hff-modules",
+    version="0.1.0",
+    description=(
+        "Layer selection, hierarchical feature fusion and adapters for frozen speech encoders, "
+        "as a SpeechBrain recipe extension"
+    ),
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["hff_modules", "hff_modules.*"]),
+    package_data={"hff_modules": ["data/*.txt", "pretrained/*/*"]},
+    python_requires=">=3.11",
+    install_requires=[
+        # torchaudio ends at 2.11 and loads only beside the same build of torch.
+        "torch==2.11.*",
+        "torchaudio==2.11.*",
+        "speechbrain>=1.1.2,<1.2",
+        "transformers>=5.0,<6",
+        "hyperpyyaml>=1.2.2",
+        "sentencepiece>=0.2",
+        "jiwer>=3.0",
+        "safetensors>=0.4",
+        "soundfile>=0.12",
+        "espeakng-loader>=0.2.4",
+        "tensorboard>=2.15",
+    ],
+    extras_require={
+        "plots": ["matplotlib>=3.8"],
+        "peers": ["peft>=0.18"],
+        "dev": ["pytest>=8", "ruff>=0.9", "peft>=0.18", "matplotlib>=3.8"],
+    },
+)
