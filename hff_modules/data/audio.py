@@ -1,0 +1,133 @@
+"""Audio files in, 16 kHz mono float32 tensors out (wav, flac, mp3, ogg, opus through soundfile)."""
+
+import logging
+import multiprocessing
+import os
+from dataclasses import dataclass
+
+import soundfile
+import torch
+import torchaudio
+
+logger = logging.getLogger(__name__)
+
+# Shared memory, so that forked DataLoader workers do not each say the same again every epoch.
+_SAID = {kind: multiprocessing.RawValue("b", 0) for kind in ("channels", "rate")}
+
+
+class AudioError(ValueError):
+    """An audio file that cannot be used; the message names it."""
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What the header of an audio file says.
+
+    Arguments
+    ---------
+    duration : float
+        Seconds.
+    sample_rate : int
+        Hz, as stored in the file.
+    channels : int
+        Number of channels.
+    frames : int
+        Samples per channel at ``sample_rate``.
+    """
+
+    duration: float
+    sample_rate: int
+    channels: int
+    frames: int
+
+
+def audio_info(path: str | os.PathLike) -> AudioInfo:
+    """Duration, rate and channels of an audio file, without decoding it.
+
+    Arguments
+    ---------
+    path : str or path
+        Audio file of any format that libsndfile reads.
+
+    Returns
+    -------
+    AudioInfo
+
+    Raises
+    ------
+    AudioError
+        When the file is missing, unreadable or has no samples.
+    """
+    _check_file(path)
+    try:
+        info = soundfile.info(os.fspath(path))
+    except (soundfile.SoundFileError, OSError) as error:
+        raise AudioError(f"{path}: not a readable audio file ({error})") from error
+    if info.frames <= 0:
+        raise AudioError(f"{path}: the audio file has no samples")
+    return AudioInfo(info.frames / info.samplerate, info.samplerate, info.channels, info.frames)
+
+
+def read_audio(path: str | os.PathLike, sample_rate: int = 16000) -> torch.Tensor:
+    """Read a whole file as one mono signal at the asked sample rate.
+
+    Several channels are averaged and other sample rates resampled; each is said once per run.
+
+    Arguments
+    ---------
+    path : str or path
+        Audio file of any format that libsndfile reads.
+    sample_rate : int
+        Hz of the returned signal.
+
+    Returns
+    -------
+    torch.Tensor
+        ``(samples,)``, float32, nominally in [-1, 1].
+
+    Raises
+    ------
+    AudioError
+        When the file is missing, unreadable, cut short, empty or holds values that are not numbers.
+
+    Example
+    -------
+    >>> folder = getfixture("tmpdir")
+    >>> soundfile.write(f"{folder}/a.wav", [[0.5, 0.25]] * 800, samplerate=8000)
+    >>> read_audio(f"{folder}/a.wav").shape
+    torch.Size([1600])
+    """
+    _check_file(path)
+    try:
+        with soundfile.SoundFile(os.fspath(path)) as file:
+            rate, expected = file.samplerate, file.frames
+            samples = file.read(dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise AudioError(f"{path}: not a readable audio file ({error})") from error
+    if len(samples) == 0:
+        raise AudioError(f"{path}: the audio file has no samples")
+    if len(samples) < 0.99 * expected:  # lossy formats only estimate their length
+        raise AudioError(f"{path}: only {len(samples)} of {expected} samples can be decoded")
+    signal = torch.from_numpy(samples)
+    if signal.shape[1] > 1:
+        _say_once("channels", f"{path} has {signal.shape[1]} channels: averaged to one")
+    signal = signal.mean(dim=1)
+    if not torch.isfinite(signal).all():
+        raise AudioError(f"{path}: the audio holds values that are not finite numbers")
+    if rate != sample_rate:
+        _say_once("rate", f"{path} has {rate} Hz: resampled to {sample_rate} Hz")
+        signal = torchaudio.functional.resample(signal, rate, sample_rate)
+    return signal
+
+
+def _check_file(path: str | os.PathLike) -> None:
+    if not os.path.isfile(path):
+        raise AudioError(f"{path}: no such audio file")
+    if os.path.getsize(path) == 0:
+        raise AudioError(f"{path}: the audio file is empty (0 bytes)")
+
+
+def _say_once(kind: str, message: str) -> None:
+    if not _SAID[kind].value:
+        _SAID[kind].value = 1
+        logger.warning("%s (and so are all others like it, without further notice)", message)
