@@ -191,7 +191,7 @@ def read_manifest(
     rows = read_rows(path, data_root, columns)
     first = next(iter(rows.values()))["wav"]
     if not os.path.isfile(first):
-        raise ManifestError(f"{path}: its first audio file {first} is not there; is data_root right?")
+        raise ManifestError(f"{path}: its audio file {first} is not there; is data_root right?")
     return DynamicItemDataset(rows)
 
 

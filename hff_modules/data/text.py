@@ -79,8 +79,10 @@ class _Units:
         counts = self.unknown if counts is None else counts
         if not counts:
             return ""
-        named = (f"{c!r} ({unicodedata.name(c, f'U+{ord(c):04X}')}): {n}" for c, n in
-                 sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+        named = (
+            f"{c!r} ({unicodedata.name(c, f'U+{ord(c):04X}')}): {n}"
+            for c, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        )
         return f"{len(counts)} characters not among the units, left out: {', '.join(named)}"
 
     def _known(self, text: str) -> str:
