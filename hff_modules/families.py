@@ -7,6 +7,7 @@ there, which yields both the state that enters layer 1 and the masks and positio
 every layer is called with.
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +30,54 @@ class Padding:
 
     num_samples: torch.Tensor | None = None  # (batch,)
     frames: torch.Tensor | None = None  # (batch, frames), True where valid
+
+
+@dataclass
+class FeedForward:
+    """One feed-forward branch of a layer, by the modules around it."""
+
+    reads: nn.Module  # whose input is the branch's raw input, in front of any norm
+    gives: nn.Module  # whose output is the branch's output, before the residual is added
+    up: nn.Linear  # width -> inner width
+    down: nn.Linear  # inner width -> width
+
+
+@dataclass
+class LayerParts:
+    """What adapters attach to inside one layer."""
+
+    attention: nn.Module  # its output, or the first of its outputs, is the branch's output
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear
+    feed_forwards: list[FeedForward]
+
+    def linear(self, name: str) -> list[nn.Linear]:
+        """Linear maps called ``query``, ``key``, ``value``, ``output``, ``up`` or ``down``."""
+        if name in ("up", "down"):
+            return [getattr(branch, name) for branch in self.feed_forwards]
+        return [getattr(self, name)]
+
+
+def _macaron(layer: nn.Module) -> LayerParts:
+    """Parts of a Conformer layer, which has a half-step feed-forward at either end."""
+    attention = layer.self_attn
+    branches = [
+        FeedForward(norm, ffn, ffn.intermediate_dense, ffn.output_dense)
+        for norm, ffn in (
+            (layer.ffn1_layer_norm, layer.ffn1),
+            (layer.ffn2_layer_norm, layer.ffn2),
+        )
+    ]
+    return LayerParts(
+        attention,
+        attention.linear_q,
+        attention.linear_k,
+        attention.linear_v,
+        attention.linear_out,
+        branches,
+    )
 
 
 class _LayerOneReached(Exception):
@@ -176,6 +225,10 @@ class Family:
             padded = len(lengths) > 1 and bool((num_samples != num_samples.max()).any())
             self.padding.num_samples = num_samples if padded else None
 
+    def parts(self, number: int) -> LayerParts:
+        """What adapters attach to in layer ``number`` (from 1)."""
+        raise NotImplementedError
+
     def run_layer(self, number: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Layer ``number`` (from 1): state ``number - 1`` to state ``number``."""
         out = self.layers[number - 1](hidden, *call.args, **call.kwargs)
@@ -210,6 +263,20 @@ class WaveformFamily(Family):
     def never_trained(self) -> list[nn.Module]:  # noqa: D102
         return [self.model.feature_extractor]
 
+    def parts(self, number: int) -> LayerParts:  # noqa: D102
+        layer = self.layers[number - 1]
+        attention, ffn = layer.attention, layer.feed_forward
+        reads = layer.final_layer_norm if self.norm_comes_last else ffn
+        branch = FeedForward(reads, ffn, ffn.intermediate_dense, ffn.output_dense)
+        return LayerParts(
+            attention,
+            attention.q_proj,
+            attention.k_proj,
+            attention.v_proj,
+            attention.out_proj,
+            [branch],
+        )
+
     def count_frames(self, num_samples: torch.Tensor) -> torch.Tensor:  # noqa: D102
         config = self.model.config
         for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
@@ -224,8 +291,44 @@ class WaveformFamily(Family):
         return {"input_values": wavs, "attention_mask": mask.long() if padded else None}
 
 
+def _wavlm_attention(
+    attention: nn.Module,
+    hidden: torch.Tensor,
+    frame_mask: torch.Tensor | None,
+    position_bias: torch.Tensor,
+) -> tuple[torch.Tensor, None]:
+    """WavLM's attention with its projections called as modules, which makes them adaptable.
+
+    Hugging Face hands the raw weights to one fused call, past any LoRA, and has it return the
+    weights of all heads, which nothing here needs.
+    """
+    batch, frames, _ = hidden.shape
+    heads = (batch, frames, attention.num_heads, attention.head_dim)
+    query = attention.q_proj(hidden).view(heads).transpose(1, 2)
+    key = attention.k_proj(hidden).view(heads).transpose(1, 2)
+    value = attention.v_proj(hidden).view(heads).transpose(1, 2)
+    bias = position_bias.view(batch, attention.num_heads, frames, frames).to(query.dtype)
+    if frame_mask is not None:
+        bias = bias.masked_fill(~frame_mask.bool()[:, None, None, :], float("-inf"))
+    dropout = attention.dropout if attention.training else 0.0
+    attended = nn.functional.scaled_dot_product_attention(query, key, value, bias, dropout)
+    return attention.out_proj(attended.transpose(1, 2).reshape(hidden.shape)), None
+
+
 class WavLMFamily(WaveformFamily):
     """WavLM: layer 1 makes a position bias that every later layer is given."""
+
+    def __init__(self, model: nn.Module, preprocessor: dict):
+        super().__init__(model, preprocessor)
+        for layer in self.layers:
+            if not hasattr(layer.attention, "torch_multi_head_self_attention"):
+                raise RuntimeError(
+                    "WavLM's attention has changed in this release of transformers; "
+                    "hff_modules knows it up to 5.23"
+                )
+            layer.attention.torch_multi_head_self_attention = functools.partial(
+                _wavlm_attention, layer.attention
+            )
 
     def run_layer(self, number: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:  # noqa: D102
         hidden, call.kwargs["position_bias"] = self.layers[number - 1](
@@ -256,6 +359,9 @@ class ConformerFamily(WaveformFamily):
         for layer in self.layers:
             self._mask_padding_at(layer.conv_module.depthwise_conv)
 
+    def parts(self, number: int) -> LayerParts:  # noqa: D102
+        return _macaron(self.layers[number - 1])
+
 
 class W2vBertFamily(Family):
     """w2v-BERT 2.0 and the built-in encoder: stacked Kaldi log-mels, then Conformer layers."""
@@ -272,6 +378,9 @@ class W2vBertFamily(Family):
             )
         self.log_mel = KaldiLogMel(num_mels, stride)
         self.minimum_samples = 400 + 160 * (stride - 1)
+
+    def parts(self, number: int) -> LayerParts:  # noqa: D102
+        return _macaron(self.layers[number - 1])
 
     def count_frames(self, num_samples: torch.Tensor) -> torch.Tensor:  # noqa: D102
         return self.log_mel.count_frames(num_samples)
@@ -297,6 +406,19 @@ class WhisperFamily(Family):
     @property
     def stack(self) -> nn.Module:  # noqa: D102
         return self.model
+
+    def parts(self, number: int) -> LayerParts:  # noqa: D102
+        layer = self.layers[number - 1]
+        attention = layer.self_attn
+        branch = FeedForward(layer.final_layer_norm, layer.fc2, layer.fc1, layer.fc2)
+        return LayerParts(
+            attention,
+            attention.q_proj,
+            attention.k_proj,
+            attention.v_proj,
+            attention.out_proj,
+            [branch],
+        )
 
     @property
     def hidden_size(self) -> int:  # noqa: D102
