@@ -1,5 +1,6 @@
 """Select layers of a frozen speech encoder and fuse them hierarchically, in SpeechBrain."""
 
+from hff_modules import adapters
 from hff_modules.encoder import SSLEncoder
 from hff_modules.fusion import (
     ConcatProjection,
@@ -18,4 +19,5 @@ __all__ = [
     "LastLayer",
     "SSLEncoder",
     "WeightedSum",
+    "adapters",
 ]

@@ -8,6 +8,7 @@ and no LayerDrop, in training as in evaluation.
 import contextlib
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from hff_modules.families import FAMILIES, Family
+from hff_modules.adapters.base import select_rows
+from hff_modules.families import FAMILIES, Family, LayerParts
 from hff_modules.layers import LayerSpec, parse_layers
 
 BUILTIN = Path(__file__).parent / "pretrained" / "conformer-small"
@@ -80,8 +82,9 @@ class SSLEncoder(nn.Module):
         family.truncate(self.top)
         family.model.requires_grad_(False)
         self.model = family.model
+        self.adapters = nn.ModuleDict()  # by name; see hff_modules.adapters
         self._family = family
-        self.fingerprint = _fingerprint(self.model, family.preprocessor)
+        self._fingerprints = _fingerprints(family)
         self.train(self.training)
 
     @property
@@ -100,43 +103,49 @@ class SSLEncoder(nn.Module):
     def horizon(self) -> int:
         """The highest state that training cannot change; -1 if there is none, not even state 0."""
         family = self._family
+        lowest = self.top
+        for adapter in self.adapters.values():
+            if adapter.enabled and any(p.requires_grad for p in adapter.parameters()):
+                lowest = min(lowest, adapter.lowest_changed() - 1)
         trained = {id(p) for p in self.model.parameters() if p.requires_grad}
         if not trained:
-            return self.top
-        lowest = self.top
+            return lowest
         if family.final_norm is not None:  # it makes the last state out of the last layer's output
             in_norm = {id(p) for p in family.final_norm.parameters()}
             if trained & in_norm:
-                lowest, trained = self.num_layers - 1, trained - in_norm
+                lowest, trained = min(lowest, self.num_layers - 1), trained - in_norm
         for number in range(len(family.layers), 0, -1):
             in_layer = {id(p) for p in family.layers[number - 1].parameters()}
             if trained & in_layer:
                 lowest, trained = min(lowest, number - 1), trained - in_layer
         return -1 if trained else lowest
 
-    def unfreeze(self, layers: LayerSpec) -> "SSLEncoder":
-        """Train parts of the encoder itself.
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the pretrained weights that are kept, and of the preprocessing."""
+        return self.fingerprint_up_to(self.top)
 
-        Arguments
-        ---------
-        layers : str | int | Sequence[int]
-            ``"all"`` for everything but the waveform CNN (full fine-tuning); otherwise a choice
-            among the layers that are kept, such as ``"last:3"`` (top-k fine-tuning).
+    def fingerprint_up_to(self, number: int) -> str:
+        """Hash of what makes state ``number``: the same whatever is kept above it."""
+        if number > self.top:
+            return "truncated"
+        text = " ".join(self._fingerprints[: number + 1])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-        Returns
-        -------
-        SSLEncoder
-            Itself.
-        """
+    def parts(self, number: int) -> LayerParts:
+        """What adapters attach to in layer ``number`` (from 1)."""
+        return self._family.parts(number)
+
+    def layer_parameters(self, number: int) -> dict[str, nn.Parameter]:
+        """The encoder's own parameters in layer ``number`` (from 1), by name."""
+        return dict(self._family.layers[number - 1].named_parameters())
+
+    def outside_parameters(self) -> dict[str, nn.Parameter]:
+        """The encoder's own parameters outside its layers, the waveform CNN left out, by name."""
         family = self._family
-        if layers == "all":
-            self.model.requires_grad_(True)
-            for module in [*family.never_trained, *family.layers[self.top :]]:
-                module.requires_grad_(False)
-        else:
-            for number in parse_layers(layers, self.top, lowest=1):
-                family.layers[number - 1].requires_grad_(True)
-        return self.train(self.training)
+        others = [family.layers, *family.never_trained]
+        excluded = {id(p) for module in others for p in module.parameters()}
+        return {n: p for n, p in self.model.named_parameters() if id(p) not in excluded}
 
     def train(self, mode: bool = True) -> "SSLEncoder":
         """Set the mode above the horizon; what lies below always stays in evaluation mode.
@@ -160,7 +169,10 @@ class SSLEncoder(nn.Module):
         return self._family.count_frames(num_samples)
 
     def forward(
-        self, wavs: torch.Tensor, wav_lens: torch.Tensor | None = None
+        self,
+        wavs: torch.Tensor,
+        wav_lens: torch.Tensor | None = None,
+        adapters: str | Sequence[str | None] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Give the selected states.
 
@@ -170,6 +182,9 @@ class SSLEncoder(nn.Module):
             (batch, samples), 16 kHz, -1 to 1.
         wav_lens : torch.Tensor, optional
             (batch,), valid share of each row as SpeechBrain has it; all valid by default.
+        adapters : str | Sequence[str | None], optional
+            Name of the adapter to use, for the whole batch or one for each utterance (None: the
+            plain encoder); by default every adapter that is enabled.
 
         Returns
         -------
@@ -189,6 +204,7 @@ class SSLEncoder(nn.Module):
                 f"utterance {int(num_samples.argmin())} of the batch has {int(num_samples.min())} "
                 f"samples; {self.source} needs at least {self.minimum_samples} to give a frame"
             )
+        select_rows(self.adapters, adapters, len(wavs))
         horizon = self.horizon
         if self.training and horizon != self._mode_horizon:
             self.train()
@@ -318,9 +334,28 @@ def _read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def _fingerprint(model: nn.Module, preprocessor: dict) -> str:
-    digest = hashlib.sha256(json.dumps(preprocessor, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+def _fingerprints(family: Family) -> list[str]:
+    """Hash of everything outside the layers, then one of each layer."""
+    in_layers = {id(tensor) for tensor in family.layers.state_dict(keep_vars=True).values()}
+    outside = {
+        name: tensor
+        for name, tensor in family.model.state_dict(keep_vars=True).items()
+        if id(tensor) not in in_layers and tensor is not None
+    }
+    if family.final_norm is not None:  # above the layers, so the last layer's business
+        for name, tensor in list(outside.items()):
+            if any(tensor is p for p in family.final_norm.parameters()):
+                del outside[name]
+    hashes = [_hash(outside, json.dumps(family.preprocessor, sort_keys=True))]
+    hashes += [_hash(layer.state_dict()) for layer in family.layers]
+    if family.final_norm is not None:
+        hashes[-1] = _hash(family.final_norm.state_dict(), hashes[-1])
+    return hashes
+
+
+def _hash(tensors: dict[str, torch.Tensor], text: str = "") -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -239,12 +239,12 @@ class Family:
 
         A convolution that is wider than one frame would otherwise carry padding into the speech.
         """
+        module.register_forward_pre_hook(functools.partial(_zero_padding, self.padding))
 
-        def zero_padding(_: nn.Module, args: tuple):
-            mask = self.padding.frames
-            return None if mask is None else (args[0].masked_fill(~mask.unsqueeze(1), 0.0),)
 
-        module.register_forward_pre_hook(zero_padding)
+def _zero_padding(padding: Padding, module: nn.Module, args: tuple) -> tuple | None:
+    mask = padding.frames
+    return None if mask is None else (args[0].masked_fill(~mask.unsqueeze(1), 0.0),)
 
 
 class WaveformFamily(Family):

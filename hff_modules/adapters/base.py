@@ -1,0 +1,192 @@
+"""The contract of all adapters: attached under a name, taken off again, saved, switched.
+
+An adapter adds parameters of its own beside a frozen encoder; nothing of the encoder is replaced.
+It works through forward hooks on the modules that ``families.py`` names. At birth it changes
+nothing (prompts and prefixes do, and say so by ``identity_at_birth = False``); disabled it is as
+good as absent, bit for bit; removed, the encoder is as it was.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from hff_modules.layers import LayerSpec, parse_layers
+
+
+class Adapter(nn.Module):
+    """One method, attached under one name to some layers of one encoder.
+
+    A method overrides :meth:`insert`, which makes the parts (parameters) of a layer and calls
+    :meth:`change_output` for each place where something is added.
+
+    Arguments
+    ---------
+    layers : str | int | Sequence[int]
+        Layers to attach to, see :func:`hff_modules.layers.parse_layers`.
+    **options
+        Settings of the method, JSON-able; they are saved with its tensors.
+    """
+
+    identity_at_birth = True
+    switched_by_row = True  # whether utterances of one batch may use different ones
+    merges = False
+
+    def __init__(self, layers: LayerSpec = "all", **options):
+        super().__init__()
+        self.method = ""  # set by attach
+        self.layer_spec, self.options = layers, options
+        self.layers: list[int] = []
+        self.parts = nn.ModuleDict()
+        self.enabled = True
+        self.rows: torch.Tensor | None = None  # of the present batch; None for all
+        self._handles: list[RemovableHandle] = []
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that was trained, by name."""
+        return self.state_dict()
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take what :meth:`tensors` gave; names and shapes have been checked."""
+        self.load_state_dict(tensors)
+
+    # What a method gives
+
+    def insert(self, encoder: nn.Module, number: int) -> None:
+        """Attach to layer ``number`` (from 1) of ``encoder`` (an :class:`SSLEncoder`)."""
+        raise NotImplementedError
+
+    def lowest_changed(self) -> int:
+        """The lowest state that depends on this adapter; 0 for the front end."""
+        return min(self.layers, default=0)
+
+    # What attach, remove, enable and disable call
+
+    def attach(self, encoder: nn.Module) -> None:
+        """Insert into every chosen layer."""
+        self.layers = parse_layers(self.layer_spec, encoder.top, lowest=1)
+        for number in self.layers:
+            self.insert(encoder, number)
+        device = next(encoder.model.parameters()).device
+        self.to(device)
+
+    def detach(self) -> None:
+        """Take every hook off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switch on or off."""
+        self.enabled = enabled
+
+    def merge(self) -> None:
+        """Fold into the encoder's weights, for methods that can."""
+        raise TypeError(f"{self.method!r} cannot be merged into the encoder's weights")
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge`, bit for bit."""
+        raise TypeError(f"{self.method!r} cannot be merged into the encoder's weights")
+
+    # What methods build with
+
+    def change_output(
+        self,
+        module: nn.Module,
+        change: Callable[..., torch.Tensor],
+        reads: nn.Module | None = None,
+    ) -> None:
+        """Pass the output of ``module`` through ``change``.
+
+        Arguments
+        ---------
+        module : nn.Module
+            Gives a tensor (batch, ...) or a tuple that begins with one.
+        change : Callable
+            ``change(output)``, or ``change(output, input)`` with ``reads``. No closure:
+            ``functools.partial`` of a function and the part, so that deep copies work.
+        reads : nn.Module, optional
+            The module whose input is handed to ``change`` as well; may be ``module`` itself.
+        """
+        hook = _OutputHook(self, change, reads is not None)
+        if reads is not None:
+            self._handles.append(reads.register_forward_pre_hook(hook.look))
+        self._handles.append(module.register_forward_hook(hook.alter))
+
+    def applies(self) -> bool:
+        """Whether anything of the present batch passes through this adapter."""
+        return self.enabled and (self.rows is None or len(self.rows) > 0)
+
+    def on_rows(self, change: Callable, output: torch.Tensor, *inputs: torch.Tensor):
+        """Apply ``change`` to the utterances that use this adapter; others stay as they are."""
+        if self.rows is None:
+            return change(output, *inputs)
+        changed = change(output[self.rows], *(tensor[self.rows] for tensor in inputs))
+        return output.index_copy(0, self.rows, changed.to(output.dtype))
+
+
+class _OutputHook:
+    """Pass a module's output, and perhaps the input of another, through a change.
+
+    An object and not a closure, so that a deep copy of an encoder has hooks of its own.
+    """
+
+    def __init__(self, adapter: Adapter, change: Callable, reads: bool):
+        self.adapter, self.change, self.reads = adapter, change, reads
+        self.seen: torch.Tensor | None = None
+
+    def look(self, module: nn.Module, args: tuple) -> None:
+        self.seen = args[0] if self.adapter.applies() else None
+
+    def alter(self, module: nn.Module, args: tuple, output):
+        if not self.adapter.applies():
+            return None
+        first = output[0] if isinstance(output, tuple) else output
+        inputs, self.seen = (self.seen,) if self.reads else (), None
+        changed = self.adapter.on_rows(self.change, first, *inputs)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def select_rows(
+    adapters: nn.ModuleDict, names: str | Sequence[str | None] | None, batch: int
+) -> None:
+    """Tell each adapter which utterances of the coming batch are its own.
+
+    Arguments
+    ---------
+    adapters : nn.ModuleDict
+        Adapters of an encoder by name.
+    names : str | Sequence[str | None], optional
+        One name for the whole batch; one for each utterance (None: the plain encoder); or nothing:
+        every adapter that is enabled, everywhere.
+    batch : int
+        Utterances in the batch.
+
+    Raises
+    ------
+    KeyError
+        For a name that is not attached.
+    ValueError
+        For a number of names that is not the batch's, or methods that cannot differ by utterance.
+    """
+    if names is None:
+        for adapter in adapters.values():
+            adapter.rows = None
+        return
+    by_row = [names] * batch if isinstance(names, str) else list(names)
+    unknown = sorted({name for name in by_row if name is not None and name not in adapters})
+    if unknown:
+        raise KeyError(f"no adapter {unknown[0]!r} is attached; there are {list(adapters)}")
+    if len(by_row) != batch:
+        raise ValueError(f"{len(by_row)} adapter names were given for {batch} utterances")
+    for name, adapter in adapters.items():
+        rows = [row for row, chosen in enumerate(by_row) if chosen == name]
+        everywhere = len(rows) == batch
+        if not everywhere and not adapter.switched_by_row and adapter.enabled:
+            raise ValueError(
+                f"adapter {name!r} ({adapter.method}) changes the encoder's own weights and cannot "
+                "be switched by utterance; use enable and disable"
+            )
+        device = next((p.device for p in adapter.parameters()), None)
+        adapter.rows = None if everywhere else torch.tensor(rows, dtype=torch.long, device=device)
