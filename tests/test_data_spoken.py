@@ -15,7 +15,7 @@ from hff_modules.data.manifest import read_rows, summarize_manifest
 
 pytest.importorskip("espeakng_loader")
 SMALL = {"train": 2, "dev": 1, "test": 1}
-SIZES = {"train": 840, "dev": 70, "test": 115}
+SIZES = {"train": 660, "dev": 54, "test": 90}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_audio_is_speech_of_a_fitting_length_at_a_sane_level(corpus):
             rms = 20 * numpy.log10(numpy.sqrt(numpy.mean(signal**2)))
             assert -31 < rms < -19, name
             assert numpy.abs(signal).max() < 0.96, name
-            assert 8 < len(row["wrd"]) / row["duration"] < 30, name  # characters per second
+            assert 8 < len(row["wrd"]) / row["duration"] < 25, name  # characters per second
             power = numpy.abs(numpy.fft.rfft(signal)) ** 2
             band = slice(len(power) * 100 // 8000, len(power) * 4000 // 8000)
             assert power[band].sum() > 0.8 * power.sum(), name
