@@ -1,9 +1,11 @@
 """The built-in corpus: repeatable, disjoint, all there or not there."""
 
+import importlib.util
 import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -136,6 +138,18 @@ def test_a_failing_espeak_leaves_nothing_and_says_what_it_said(tmp_path, monkeyp
     with pytest.raises(RuntimeError, match="(?s)en-us\\+nobody.*no voice variant 'nobody'"):
         spoken.prepare_spoken(tmp_path / "spoken", train=1, dev=1, test=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_espeak_speaks_from_a_package_in_a_deep_folder(tmp_path, monkeypatch):
+    deep = tmp_path / ("d" * 120) / ("e" * 120)
+    source = Path(importlib.util.find_spec("espeakng_loader").origin).parent
+    names = shutil.ignore_patterns("*_dict")
+    shutil.copytree(source, deep / "espeakng_loader", ignore=names)
+    shutil.copy(source / "espeak-ng-data/en_dict", deep / "espeakng_loader/espeak-ng-data")
+    monkeypatch.setenv("PYTHONPATH", str(deep))
+    job = spoken.plan(1234, {"train": 1, "dev": 1, "test": 1})[0]
+    job["items"][0]["path"] = str(tmp_path / "a.wav")
+    assert spoken._speak(job)[0] > 16000
 
 
 def test_a_folder_of_somebody_else_is_never_touched(tmp_path):

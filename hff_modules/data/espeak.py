@@ -7,6 +7,7 @@ the job as JSON from stdin and prints the number of samples of each file as JSON
 
 import ctypes
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ SYNTH_CALLBACK = ctypes.CFUNCTYPE(
 
 
 class Voice:
-    """A voice of espeak-ng; only one per process.
+    """A voice of espeak-ng; only one per process, whose working folder it changes.
 
     Arguments
     ---------
@@ -36,13 +37,15 @@ class Voice:
     """
 
     def __init__(self, accent: str, variant: str, parameters: dict[str, int]) -> None:
-        data = espeakng_loader.get_data_path()
+        data = Path(espeakng_loader.get_data_path())
         # An unknown variant would be ignored without a word.
-        if not (Path(data) / "voices" / "!v" / variant).is_file():
+        if not (data / "voices" / "!v" / variant).is_file():
             raise ValueError(f"espeak-ng has no voice variant {variant!r} in {data}/voices/!v")
         self.library = ctypes.CDLL(espeakng_loader.get_library_path())
+        # The library has 160 bytes for the path of its data: a deep folder needs a relative one.
+        os.chdir(data.parent)
         self.sample_rate = self.library.espeak_Initialize(
-            SYNCHRONOUS, 0, ctypes.c_char_p(data.encode()), DONT_EXIT
+            SYNCHRONOUS, 0, ctypes.c_char_p(data.name.encode()), DONT_EXIT
         )
         if self.sample_rate <= 0:
             raise RuntimeError(f"espeak-ng does not start with its data in {data}")
