@@ -179,7 +179,8 @@ class SSLEncoder(nn.Module):
         Arguments
         ---------
         wavs : torch.Tensor
-            (batch, samples), 16 kHz, -1 to 1.
+            (batch, samples), 16 kHz, -1 to 1; or what :meth:`encode` gave for them, (batch, frames,
+            num_stored, width), and the work starts at the horizon.
         wav_lens : torch.Tensor, optional
             (batch,), valid share of each row as SpeechBrain has it; all valid by default.
         adapters : str | Sequence[str | None], optional
@@ -198,29 +199,82 @@ class SSLEncoder(nn.Module):
         """
         if wav_lens is None:
             wav_lens = wavs.new_ones(len(wavs))
+        select_rows(self.adapters, adapters, len(wavs))
+        horizon = self.horizon
+        if self.training and horizon != self._mode_horizon:
+            self.train()
+        if wavs.dim() == 4:
+            states, hidden, lengths, call = self._restore(wavs, wav_lens)
+        else:
+            states, hidden, lengths, call = self._run_frozen(wavs, wav_lens)
+        for number in range(max(horizon, 0) + 1, self.top + 1):
+            hidden = self._step(number, hidden, call, states)
+        frames = int(lengths.max())
+        return torch.stack([states[k][:, :frames] for k in self.layers]), lengths
+
+    @property
+    def stored_layers(self) -> list[int]:
+        """The states that training cannot change and that the rest follows from."""
+        below = [number for number in self.layers if number <= self.horizon]
+        return sorted({*below, self.horizon}) if self.horizon >= 0 else []
+
+    @torch.no_grad()
+    def encode(
+        self, wavs: torch.Tensor, wav_lens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the states of ``stored_layers``, to be kept and handed to :meth:`forward` later.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            (batch, samples), 16 kHz, -1 to 1.
+        wav_lens : torch.Tensor, optional
+            (batch,), valid share of each row; all valid by default.
+
+        Returns
+        -------
+        tuple[torch.Tensor, torch.Tensor]
+            (batch, frames, num_stored, width) and valid frames (batch,).
+        """
+        if wav_lens is None:
+            wav_lens = wavs.new_ones(len(wavs))
+        select_rows(self.adapters, None, len(wavs))
+        states, hidden, lengths, _ = self._run_frozen(wavs, wav_lens)
+        if self.horizon < self.top:
+            states[self.horizon] = hidden
+        kept = [states[number][:, : int(lengths.max())] for number in self.stored_layers]
+        return torch.stack(kept, dim=2), lengths
+
+    def _run_frozen(self, wavs, wav_lens):
+        """From waveforms to the horizon, or to what enters layer 1 if there is none."""
         num_samples = (wav_lens * wavs.shape[1]).round().long()
         if int(num_samples.min()) < self.minimum_samples:
             raise ValueError(
                 f"utterance {int(num_samples.argmin())} of the batch has {int(num_samples.min())} "
                 f"samples; {self.source} needs at least {self.minimum_samples} to give a frame"
             )
-        select_rows(self.adapters, adapters, len(wavs))
-        horizon = self.horizon
-        if self.training and horizon != self._mode_horizon:
-            self.train()
-        states = {}
-        with self._frozen(wavs.device) if horizon >= 0 else torch.enable_grad():
+        states, horizon = {}, self.horizon
+        with self._frozen(wavs.device) if horizon >= 0 else contextlib.nullcontext():
             hidden, lengths, call = self._family.enter(wavs, num_samples)
             if 0 in self.layers:
                 states[0] = hidden.float()
             for number in range(1, horizon + 1):
                 hidden = self._step(number, hidden, call, states)
-        if horizon < self.top:
-            hidden = hidden.float()
-            for number in range(max(horizon, 0) + 1, self.top + 1):
-                hidden = self._step(number, hidden, call, states)
-        frames = int(lengths.max())
-        return torch.stack([states[k][:, :frames] for k in self.layers]), lengths
+        return states, hidden.float(), lengths, call
+
+    def _restore(self, stored, lens):
+        """From stored states to the horizon."""
+        if stored.shape[2] != len(self.stored_layers):
+            raise ValueError(
+                f"{stored.shape[2]} stored states were given; those at and below the horizon are "
+                f"{self.stored_layers}"
+            )
+        lengths = (lens * stored.shape[1]).round().long()
+        by_layer = dict(zip(self.stored_layers, stored.float().unbind(2), strict=True))
+        states = {number: by_layer[number] for number in self.layers if number in by_layer}
+        hidden = by_layer[self.horizon]
+        call = self._family.call_for(hidden, lengths) if self.horizon < self.top else None
+        return states, hidden, lengths, call
 
     def manifest(self) -> dict:
         """What identifies this encoder in checkpoints and results; JSON-able."""
@@ -233,6 +287,19 @@ class SSLEncoder(nn.Module):
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
             "layers": self.layers,
+        }
+
+    def frozen_manifest(self) -> dict:
+        """Everything that decides about ``stored_layers`` besides the audio; JSON-able."""
+        frozen = {
+            name: [adapter.method, adapter.options, _hash(adapter.tensors())]
+            for name, adapter in self.adapters.items()
+            if adapter.enabled and adapter.lowest_changed() <= self.horizon
+        }
+        return {
+            "weights": self.fingerprint_up_to(self.horizon),
+            "precision": self.precision,
+            "adapters": frozen,
         }
 
     def _step(self, number, hidden, call, states):

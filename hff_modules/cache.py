@@ -1,0 +1,266 @@
+"""Hidden states on disk: what training cannot change is computed once, and shared by every run.
+
+The states at and below the horizon never change, so each utterance's are kept as one safetensors
+file. The file's name is a hash of the audio's content, its folder's name a hash of everything else
+that decides about the states (weights, layers, precision, preprocessing, frozen adapters): a stale
+entry cannot be read. Entries appear whole or not at all, so two runs may fill one cache, and a run
+that is killed leaves it valid.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from speechbrain.utils.logger import get_logger
+from tqdm import tqdm
+
+from hff_modules.data.audio import read_audio
+from hff_modules.files import write_atomically
+
+logger = get_logger(__name__)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+_FORMAT = 1
+
+
+class CacheError(ValueError):
+    """A cache that cannot be used; the message says why and what to do."""
+
+
+class StateCache:
+    """States of one encoder, as it is now, on disk.
+
+    Arguments
+    ---------
+    folder : str | Path
+        May hold the states of any number of encoders.
+    encoder : SSLEncoder
+        With its adapters attached: what is stored follows from its horizon.
+    dtype : str
+        "fp32", "fp16", "bf16", or "int8" with one scale for each frame.
+    max_gigabytes : float, optional
+        Refuse to let this encoder's part grow beyond; by default the free disk decides.
+
+    Example
+    -------
+    >>> cache = StateCache("results/cache", encoder)          # doctest: +SKIP
+    >>> cache.fill(["a.wav", "b.wav"], [3.2, 4.1])            # doctest: +SKIP
+    >>> cache.read("a.wav").shape                             # doctest: +SKIP
+    torch.Size([80, 4, 192])
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        encoder: torch.nn.Module,
+        dtype: str = "fp16",
+        max_gigabytes: float | None = None,
+    ):
+        if dtype not in DTYPES:
+            raise CacheError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+        self.encoder, self.dtype, self.max_gigabytes = encoder, dtype, max_gigabytes
+        self.layers = encoder.stored_layers
+        if not self.layers:
+            raise CacheError(
+                "nothing of this encoder can be cached: training reaches down to its front end "
+                f"(horizon {encoder.horizon})"
+            )
+        key = {
+            "format": _FORMAT,
+            "dtype": dtype,
+            "layers": self.layers,
+            **encoder.frozen_manifest(),
+        }
+        text = json.dumps(key, indent=2, sort_keys=True)
+        root = Path(folder)
+        self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "key.json").exists():
+            write_atomically(self.folder / "key.json", text + "\n")
+        self.digests = AudioDigests(root / "audio.json")
+
+    def path(self, wav: str | Path) -> Path:
+        """Where the states of an audio file are, or would be."""
+        digest = self.digests.of(wav)
+        return self.folder / digest[:2] / f"{digest}.safetensors"
+
+    def missing(self, wavs: Iterable[str | Path]) -> list[str]:
+        """Those audio files whose states are not here yet."""
+        return [str(wav) for wav in wavs if not self.path(wav).exists()]
+
+    def read(self, wav: str | Path) -> torch.Tensor:
+        """Give the states of one utterance.
+
+        Arguments
+        ---------
+        wav : str | Path
+            Audio file.
+
+        Returns
+        -------
+        torch.Tensor
+            (frames, num_stored, width); fp32 if stored as fp32 or int8, otherwise as stored.
+
+        Raises
+        ------
+        CacheError
+            It is not here, or its file is damaged.
+        """
+        path = self.path(wav)
+        try:
+            entry = load_file(path)
+        except FileNotFoundError:
+            raise CacheError(
+                f"the states of {wav} are not in {self.folder}; fill it first"
+            ) from None
+        except SafetensorError as error:
+            raise CacheError(f"{path} is damaged ({error}); delete it and run again") from None
+        if "scale" in entry:
+            return entry["states"].float() * entry["scale"]
+        return entry["states"]
+
+    def fill(
+        self,
+        wavs: Sequence[str | Path],
+        seconds: Sequence[float],
+        batch_seconds: float = 60.0,
+        progress: bool = True,
+    ) -> dict[str, float]:
+        """Compute what is missing, short utterances first.
+
+        Arguments
+        ---------
+        wavs : Sequence[str | Path]
+            Audio files.
+        seconds : Sequence[float]
+            Their durations.
+        batch_seconds : float
+            Longest batch, padding included.
+        progress : bool
+            Show a bar.
+
+        Returns
+        -------
+        dict[str, float]
+            ``utterances`` and ``seconds`` (of work) that were spent, and ``gigabytes`` added.
+
+        Raises
+        ------
+        CacheError
+            The disk or ``max_gigabytes`` is too small; said before anything is computed.
+        """
+        absent = set(self.missing(wavs))
+        todo = {str(w): s for w, s in zip(wavs, seconds, strict=True) if str(w) in absent}
+        self.digests.save()
+        if not todo:
+            return {"utterances": 0, "seconds": 0.0, "gigabytes": 0.0}
+        hours, gigabytes = sum(todo.values()) / 3600, self.gigabytes(todo.values())
+        self._check_space(gigabytes, hours)
+        logger.info(
+            f"caching states {self.layers} of {len(todo)} utterances ({hours:.2f} h): about "
+            f"{gigabytes:.2f} GB in {self.folder}"
+        )
+        start, mode = time.perf_counter(), self.encoder.training
+        self.encoder.eval()
+        bar = tqdm(total=round(sum(todo.values())), unit="s", disable=not progress, desc="caching")
+        try:
+            for batch in _batches(todo, batch_seconds):
+                self._compute(batch)
+                bar.update(round(sum(todo[wav] for wav in batch)))
+        finally:
+            bar.close()
+            self.encoder.train(mode)
+        spent = time.perf_counter() - start
+        return {"utterances": len(todo), "seconds": round(spent, 2), "gigabytes": gigabytes}
+
+    def gigabytes(self, seconds: Iterable[float]) -> float:
+        """Foretell the size of utterances of these durations."""
+        frames = sum(seconds) * self.encoder.frame_rate
+        width = DTYPES[self.dtype].itemsize * self.encoder.hidden_size
+        return frames * len(self.layers) * (width + 4 * (self.dtype == "int8")) / 1e9
+
+    def _check_space(self, gigabytes: float, hours: float) -> None:
+        free = shutil.disk_usage(self.folder).free / 1e9
+        what = f"caching {hours:.2f} h of speech takes about {gigabytes:.2f} GB in {self.folder}"
+        if gigabytes > 0.95 * free:
+            raise CacheError(
+                f"{what}, and only {free:.2f} GB are free; use fewer layers, a smaller dtype, "
+                "another folder, or no cache"
+            )
+        if self.max_gigabytes is not None:
+            there = sum(f.stat().st_size for f in self.folder.glob("*/*.safetensors")) / 1e9
+            if there + gigabytes > self.max_gigabytes:
+                raise CacheError(
+                    f"{what} beside the {there:.2f} GB that are there, and the budget is "
+                    f"{self.max_gigabytes:g} GB"
+                )
+
+    def _compute(self, wavs: Sequence[str]) -> None:
+        signals = [read_audio(wav) for wav in wavs]
+        shortest = self.encoder.minimum_samples
+        signals = [torch.nn.functional.pad(s, (0, max(0, shortest - len(s)))) for s in signals]
+        lengths = torch.tensor([len(signal) for signal in signals])
+        batch = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True)
+        device = next(self.encoder.parameters()).device
+        stored, frames = self.encoder.encode(batch.to(device), (lengths / lengths.max()).to(device))
+        for wav, states, count in zip(wavs, stored.cpu(), frames.tolist(), strict=True):
+            write_atomically(self.path(wav), save(_pack(states[:count], self.dtype)))
+
+
+def _pack(states: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
+    if dtype == "int8":
+        scale = states.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        return {"states": (states / scale).round().to(torch.int8), "scale": scale.contiguous()}
+    if dtype == "fp16":  # an overflow would come back as infinity and poison the run
+        states = states.clamp(-65504, 65504)
+    return {"states": states.to(DTYPES[dtype]).contiguous()}
+
+
+def _batches(seconds: dict[str, float], batch_seconds: float) -> Iterable[list[str]]:
+    batch: list[str] = []
+    for wav in sorted(seconds, key=seconds.get):
+        if batch and seconds[wav] * (len(batch) + 1) > batch_seconds:
+            yield batch
+            batch = []
+        batch.append(wav)
+    yield batch
+
+
+class AudioDigests:
+    """Content hashes of audio files, so that an entry is found without decoding the audio.
+
+    Kept in a JSON file with the size and time stamp that each file had, as git does it: a file is
+    hashed again only when one of them has changed.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._checked: dict[str, str] = {}  # this run
+        try:
+            self._known = json.loads(path.read_text())
+        except (OSError, ValueError):  # absent or damaged: hashing again is all it costs
+            self._known = {}
+
+    def of(self, wav: str | Path) -> str:
+        """Hash of the file's bytes; the file is looked at once per run."""
+        name = os.path.abspath(wav)
+        if name not in self._checked:
+            stat = os.stat(name)
+            size, stamp, digest = self._known.get(name, (None, None, ""))
+            if (size, stamp) != (stat.st_size, stat.st_mtime_ns):
+                with open(name, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+                self._known[name] = [stat.st_size, stat.st_mtime_ns, digest]
+            self._checked[name] = digest
+        return self._checked[name]
+
+    def save(self) -> None:
+        """Write what is known."""
+        write_atomically(self.path, json.dumps(self._known))

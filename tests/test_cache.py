@@ -1,0 +1,187 @@
+import json
+import shutil
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from hff_modules import SSLEncoder, adapters
+from hff_modules.cache import CacheError, StateCache
+
+SECONDS = [0.4, 0.9, 0.6, 0.75]
+
+
+@pytest.fixture
+def wavs(tmp_path):
+    paths = []
+    for number, seconds in enumerate(SECONDS):
+        path = tmp_path / f"{number}.wav"
+        noise = np.random.RandomState(number).randn(int(16000 * seconds))
+        soundfile.write(path, 0.1 * noise, 16000)
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def encoder(encoder_folder):
+    return SSLEncoder(encoder_folder, layers=[1, 2, 4]).eval()
+
+
+def alone(encoder, path):
+    signal, _ = soundfile.read(path, dtype="float32")
+    return encoder(torch.tensor(signal)[None])[0][:, 0].transpose(0, 1)
+
+
+def files(cache):
+    return sorted(cache.folder.glob("*/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("fp32", 1e-5), ("fp16", 1e-3), ("bf16", 8e-3), ("int8", 9e-3)]
+)
+def test_what_is_read_is_what_the_encoder_gives(dtype, error, encoder, wavs, tmp_path):
+    cache = StateCache(tmp_path / "cache", encoder, dtype)
+    spent = cache.fill(wavs, SECONDS, batch_seconds=2.0, progress=False)
+    assert spent["utterances"] == 4 and len(files(cache)) == 4
+    for path in wavs:
+        states, expected = cache.read(path).float(), alone(encoder, path)
+        assert states.shape == expected.shape
+        assert (states - expected).norm() / expected.norm() < error
+    again = cache.fill(wavs, SECONDS, progress=False)
+    assert again["utterances"] == 0
+
+
+def test_the_size_foretold_is_the_size_on_disk(encoder, wavs, tmp_path):
+    for dtype in ("fp32", "fp16", "int8"):
+        cache = StateCache(tmp_path / "cache", encoder, dtype)
+        foretold = cache.fill(wavs, SECONDS, progress=False)["gigabytes"] * 1e9
+        headers = 300 * len(wavs)
+        assert (
+            abs(sum(f.stat().st_size for f in files(cache)) - foretold) < headers + 0.05 * foretold
+        )
+
+
+@pytest.mark.parametrize("family", ["wav2vec2-base", "wavlm-base", "whisper", "data2vec-audio"])
+def test_stored_states_stand_in_for_the_waveforms(family, make_encoder_folder):
+    encoder = SSLEncoder(make_encoder_folder(family), layers=[0, 2, 4]).eval()
+    wavs, wav_lens = torch.randn(2, 12_000), torch.tensor([1.0, 0.7])
+    states, lengths = encoder(wavs, wav_lens)
+    stored, frames = encoder.encode(wavs, wav_lens)
+    restored, again = encoder(stored, frames / frames.max())
+    assert encoder.stored_layers == [0, 2, 4] and again.tolist() == lengths.tolist()
+    assert torch.equal(restored, states)
+
+
+def test_another_encoder_layer_choice_precision_or_type_has_another_place(encoder_folder, tmp_path):
+    def place(dtype="fp16", **settings):
+        settings = {"layers": [1, 2, 4], **settings}
+        return StateCache(tmp_path, SSLEncoder(encoder_folder, **settings), dtype).folder
+
+    places = [
+        place(),
+        place("fp32"),
+        place(layers=[2, 4]),
+        place(precision="bf16"),
+        place(pretrained=False),
+        place(pretrained=False, seed=1),
+    ]
+    assert len(set(places)) == len(places)
+    assert place() == places[0]
+    assert json.loads((places[0] / "key.json").read_text())["layers"] == [1, 2, 4]
+
+
+def test_what_lies_above_the_horizon_does_not_matter(encoder_folder, tmp_path):
+    def place(**options):
+        encoder = SSLEncoder(encoder_folder, layers=[4])
+        adapters.attach(encoder, "tpa", bottleneck=4, layers="last:2", **options)
+        return StateCache(tmp_path, encoder)
+
+    first, second = place(), place(activation="gelu")
+    assert first.layers == [2] and first.folder == second.folder
+
+
+def test_a_frozen_adapter_below_the_horizon_has_a_place_of_its_own(encoder_folder, tmp_path):
+    plain = SSLEncoder(encoder_folder, layers=[4])
+    adapted = SSLEncoder(encoder_folder, layers=[4])
+    adapter = adapters.attach(adapted, "tpa", bottleneck=4)
+    adapter.requires_grad_(False)
+    assert adapted.horizon == 4
+    assert StateCache(tmp_path, adapted).folder != StateCache(tmp_path, plain).folder
+
+
+def test_changed_audio_under_the_same_name_is_not_taken_for_the_old(encoder, wavs, tmp_path):
+    StateCache(tmp_path / "cache", encoder).fill(wavs, SECONDS, progress=False)
+    soundfile.write(wavs[1], np.random.RandomState(9).randn(14400) * 0.1, 16000)
+    cache = StateCache(tmp_path / "cache", encoder)
+    assert cache.missing(wavs) == [wavs[1]]
+    with pytest.raises(CacheError, match="1.wav are not in"):
+        cache.read(wavs[1])
+
+
+def test_a_copy_elsewhere_finds_the_same_entry(encoder, wavs, tmp_path):
+    cache = StateCache(tmp_path / "cache", encoder)
+    cache.fill(wavs, SECONDS, progress=False)
+    shutil.copy(wavs[0], tmp_path / "copy.wav")
+    assert torch.equal(cache.read(tmp_path / "copy.wav"), cache.read(wavs[0]))
+
+
+def test_an_interrupted_filling_leaves_whole_entries_and_goes_on(encoder, wavs, tmp_path):
+    cache = StateCache(tmp_path / "cache", encoder)
+    compute, done = cache._compute, []
+
+    def interrupted(batch):
+        if done:
+            raise KeyboardInterrupt
+        compute(batch)
+        done.extend(batch)
+
+    cache._compute = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill(wavs, SECONDS, batch_seconds=1.0, progress=False)
+    fresh = StateCache(tmp_path / "cache", encoder)
+    assert len(files(fresh)) == len(done) > 0
+    assert fresh.fill(wavs, SECONDS, progress=False)["utterances"] == 4 - len(done)
+    assert all(f.name.endswith(".safetensors") for f in fresh.folder.glob("*/*"))
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_computed(
+    encoder, wavs, tmp_path, monkeypatch
+):
+    cache = StateCache(tmp_path / "cache", encoder)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 10, 10))
+    with pytest.raises(CacheError, match="only 0.00 GB are free"):
+        cache.fill(wavs, SECONDS, progress=False)
+    assert not files(cache)
+
+
+def test_too_small_a_budget_is_refused_and_counts_what_is_there(encoder, wavs, tmp_path):
+    cache = StateCache(tmp_path / "cache", encoder)
+    cache.fill(wavs[:3], SECONDS[:3], progress=False)
+    there = sum(f.stat().st_size for f in files(cache)) / 1e9
+    tight = StateCache(tmp_path / "cache", encoder, max_gigabytes=1.01 * there)
+    with pytest.raises(CacheError, match="budget"):
+        tight.fill(wavs, SECONDS, progress=False)
+    assert len(files(cache)) == 3
+
+
+def test_a_damaged_entry_is_named(encoder, wavs, tmp_path):
+    cache = StateCache(tmp_path / "cache", encoder)
+    cache.fill(wavs, SECONDS, progress=False)
+    cache.path(wavs[0]).write_bytes(b"\x00" * 20)
+    with pytest.raises(CacheError, match=f"{cache.path(wavs[0]).name} is damaged.*delete it"):
+        cache.read(wavs[0])
+
+
+def test_full_fine_tuning_has_nothing_to_cache(encoder_folder, tmp_path):
+    encoder = SSLEncoder(encoder_folder)
+    adapters.attach(encoder, "full")
+    with pytest.raises(CacheError, match="nothing of this encoder can be cached.*horizon -1"):
+        StateCache(tmp_path, encoder)
+
+
+def test_an_unknown_type_is_refused(encoder, tmp_path):
+    with pytest.raises(CacheError, match="dtype='int4'.*fp32, fp16, bf16, int8"):
+        StateCache(tmp_path, encoder, "int4")
