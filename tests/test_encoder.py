@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from hff_modules import HierarchicalFusion, SSLEncoder
+from hff_modules import HierarchicalFusion, SSLEncoder, adapters
 from hff_modules.frontend import KaldiLogMel, WhisperLogMel
 from tests.conftest import FAMILIES
 
@@ -22,6 +22,12 @@ def speech(*lengths, seed=0):
     for wav, length in zip(wavs, lengths, strict=True):
         wav[:length] = 0.1 * torch.randn(length, generator=generator) + 0.02
     return wavs, torch.tensor(lengths) / max(lengths)
+
+
+def fully_tuned(folder, layers):
+    encoder = SSLEncoder(folder, layers=layers)
+    adapters.attach(encoder, "full")
+    return encoder.train()
 
 
 def hugging_face_states(folder, wav):
@@ -108,7 +114,7 @@ def test_train_mode_changes_nothing_below_the_horizon(name, make_encoder_folder)
 def test_the_horizon_follows_from_what_is_trained(name, make_encoder_folder):
     encoder = SSLEncoder(make_encoder_folder(name), layers="all").train()
     assert encoder.horizon == 4
-    encoder.unfreeze("last:2")
+    adapters.attach(encoder, "top_k", layers="last:2")
     assert encoder.horizon == 2
     graphs = []
     for layer in encoder._family.layers:
@@ -132,7 +138,7 @@ def test_the_horizon_follows_from_what_is_trained(name, make_encoder_folder):
 def test_in_full_fine_tuning_every_trained_tensor_moves_and_every_other_stays(
     name, make_encoder_folder
 ):
-    encoder = SSLEncoder(make_encoder_folder(name), layers=[2, 4]).unfreeze("all").train()
+    encoder = fully_tuned(make_encoder_folder(name), layers=[2, 4])
     assert encoder.horizon == -1
     wavs, wav_lens = speech(SAMPLES, 9_000)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
@@ -196,7 +202,7 @@ def test_pure_fusion_saves_only_what_fusion_and_head_need(name, make_encoder_fol
 
 def test_the_frozen_cnn_stays_out_of_the_graph_in_full_fine_tuning(make_encoder_folder):
     # In train mode Hugging Face makes the waveform require a gradient, and with it the whole CNN.
-    encoder = SSLEncoder(make_encoder_folder("wav2vec2-base"), layers="all").unfreeze("all").train()
+    encoder = fully_tuned(make_encoder_folder("wav2vec2-base"), layers="all")
     graphs = []
     encoder.model.feature_extractor.register_forward_hook(
         lambda _, args, out: graphs.append(out.requires_grad)
@@ -214,7 +220,7 @@ def test_half_precision_stays_below_the_horizon_and_close(precision, make_encode
     states, _ = encoder(wavs, wav_lens)
     assert states.dtype == torch.float32 and not torch.equal(states, exact)
     assert (states - exact).norm() / exact.norm() < 0.03
-    encoder.unfreeze("last:2")
+    adapters.attach(encoder, "top_k", layers="last:2")
     dtypes = []
     encoder._family.layers[3].register_forward_hook(lambda m, a, out: dtypes.append(a[0].dtype))
     encoder(wavs, wav_lens)
