@@ -221,12 +221,12 @@ def prepare_spoken(
         _speak_into(made, seed, counts, num_workers)
         options["bytes"] = _sizes(made)
         (made / STAMP).write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            os.rename(folder, Path(temporary) / "old")
         # Another process may have been faster; then its corpus, equal to ours, stays.
+        if folder.exists() and not _is_complete(folder, options):
+            os.rename(folder, Path(temporary) / "old")
         with contextlib.suppress(OSError):
             os.rename(made, folder)
-    if not _is_complete(folder, {**options, "bytes": None}):
+    if not _is_complete(folder, options):
         raise RuntimeError(f"{folder}: the spoken corpus could not be put there")
     logger.info(
         "Spoke the built-in corpus into %s in %.1f s; train: %s",
