@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from hff_modules.adapters.base import select_rows
-from hff_modules.families import FAMILIES, Family, LayerParts
+from hff_modules.families import FAMILIES, Family, LayerParts, LogMelFamily
 from hff_modules.layers import LayerSpec, parse_layers
 
 BUILTIN = Path(__file__).parent / "pretrained" / "conformer-small"
@@ -39,7 +39,8 @@ class SSLEncoder(nn.Module):
     ---------
     source : str
         Hub name, local folder (``config.json``, ``model.safetensors`` and, if there is one,
-        ``preprocessor_config.json``), or ``"builtin"`` for the encoder shipped with this package.
+        ``preprocessor_config.json``), ``"builtin"`` for the encoder shipped with this package, or
+        ``"logmel"`` for no encoder at all: state 0 is a stack of log-mels, the baseline to beat.
     layers : str | int | Sequence[int]
         Which states to give, see :func:`hff_modules.layers.parse_layers`. 0 may be among them.
     precision : str
@@ -318,6 +319,8 @@ class SSLEncoder(nn.Module):
 
 
 def _load(source: str, pretrained: bool, revision: str | None, seed: int) -> Family:
+    if source == "logmel":
+        return LogMelFamily()
     name = str(BUILTIN) if source == "builtin" else str(source)
     if Path(name).is_dir():
         config = _read_json(Path(name) / "config.json")

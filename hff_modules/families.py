@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from hff_modules.frontend import KaldiLogMel, WhisperLogMel, normalise, valid_mask
 
@@ -436,6 +437,39 @@ class WhisperFamily(Family):
 
     def set_padding(self, lengths: torch.Tensor, num_samples: torch.Tensor | None = None) -> None:  # noqa: D102
         pass  # silence is part of what Whisper reads, so nothing is masked
+
+
+class LogMelFamily(Family):
+    """No encoder at all: state 0 is the log-mels that w2v-BERT reads. The baseline to beat.
+
+    Arguments
+    ---------
+    num_mels : int
+        Mel bins of each 10 ms frame.
+    stride : int
+        Frames stacked into one; 4 gives 25 Hz as the built-in encoder has it.
+    """
+
+    layers = nn.ModuleList()
+    norm_comes_last = False
+
+    def __init__(self, num_mels: int = 80, stride: int = 4):
+        self.model = KaldiLogMel(num_mels, stride)
+        self.model.config = PretrainedConfig()
+        self.model.config.model_type = "logmel"
+        self.preprocessor = {"num_mel_bins": num_mels, "stride": stride}
+        self.padding = Padding()
+        self.minimum_samples = 400 + 160 * (stride - 1)
+
+    @property
+    def hidden_size(self) -> int:  # noqa: D102
+        return self.preprocessor["num_mel_bins"] * self.preprocessor["stride"]
+
+    def count_frames(self, num_samples: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return self.model.count_frames(num_samples)
+
+    def enter(self, wavs: torch.Tensor, num_samples: torch.Tensor):  # noqa: D102
+        return *self.model(wavs, num_samples), LayerCall()
 
 
 FAMILIES: dict[str, type[Family]] = {

@@ -271,6 +271,17 @@ def test_kaldi_log_mels_are_those_of_the_seamless_extractor():
         torch.testing.assert_close(ours, theirs[:, :frames], rtol=1e-3, atol=2e-3)
 
 
+def test_without_an_encoder_the_only_state_is_log_mels():
+    encoder = SSLEncoder("logmel", layers="all").train()
+    wavs, wav_lens = speech(SAMPLES, 9_000)
+    states, lengths = encoder(wavs, wav_lens)
+    expected, frames = KaldiLogMel(80, 4)(wavs, torch.tensor([SAMPLES, 9_000]))
+    assert torch.equal(states[0], expected) and torch.equal(lengths, frames)
+    assert (encoder.layers, encoder.top, encoder.horizon, encoder.hidden_size) == ([0], 0, 0, 320)
+    with pytest.raises(ValueError, match="no layer 1"):
+        SSLEncoder("logmel", layers=1)
+
+
 def test_whisper_log_mels_are_those_of_its_extractor():
     wav = (0.1 * np.random.RandomState(0).randn(16_321)).astype(np.float32)
     extractor = transformers.WhisperFeatureExtractor(chunk_length=2)
