@@ -212,6 +212,7 @@ def prepare_spoken(
     _check_ours(folder)
     if importlib.util.find_spec("espeakng_loader") is None:
         raise ImportError("the built-in corpus is spoken by espeak-ng: pip install espeakng-loader")
+    logger.info("Speaking the built-in corpus into %s, once; it takes some seconds", folder)
     start = time.monotonic()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
