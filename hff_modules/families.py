@@ -54,6 +54,10 @@ class LayerParts:
     output: nn.Linear
     feed_forwards: list[FeedForward]
 
+    def branch(self, name: str) -> nn.Module:
+        """What gives the output of the ``attention`` or of the last ``feed_forward``."""
+        return {"attention": self.attention, "feed_forward": self.feed_forwards[-1].gives}[name]
+
     def linear(self, name: str) -> list[nn.Linear]:
         """Linear maps called ``query``, ``key``, ``value``, ``output``, ``up`` or ``down``."""
         if name in ("up", "down"):

@@ -11,7 +11,8 @@ from tests.conftest import FAMILIES
 from tests.test_encoder import SAMPLES, speech
 
 SMALL = {"houlsby": {"bottleneck": 6}, "pfeiffer": {"bottleneck": 6}, "thomas": {"bottleneck": 6},
-         "e_adapter": {"bottleneck": 6}, "tpa": {"bottleneck": 6}, "lora": {"rank": 2}}  # fmt: skip
+         "e_adapter": {"bottleneck": 6}, "tpa": {"bottleneck": 6}, "lora": {"rank": 2},
+         "compacter": {"bottleneck": 8}}  # fmt: skip
 TUNING = {"bitfit", "layernorm", "top_k", "full"}
 # Softmax cancels what a bias adds to every key, so its gradient is rounding noise.
 NO_GRADIENT = ("k_proj.bias", "linear_k.bias")

@@ -15,8 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from hff_modules.adapters.base import Adapter
+from hff_modules.adapters.adapter_bias import AdapterBias
+from hff_modules.adapters.base import Adapter, AdapterError
 from hff_modules.adapters.bottleneck import SerialBottleneck, TwoParallelAdapters
+from hff_modules.adapters.compacter import Compacter
 from hff_modules.adapters.lora import LoRA
 from hff_modules.adapters.tuning import Tuning
 from hff_modules.files import write_atomically
@@ -29,6 +31,8 @@ METHODS: dict[str, tuple[type[Adapter], dict]] = {
     # With its authors' init_std=1e-3 it is not quite the identity at birth: the norm enlarges what
     # the tiny weights give. Our default, a zero last map, is.
     "e_adapter": (SerialBottleneck, {"places": ("feed_forward",), "norm": "after"}),
+    "compacter": (Compacter, {}),
+    "adapter_bias": (AdapterBias, {}),
     "tpa": (TwoParallelAdapters, {}),
     "lora": (LoRA, {}),
     "bitfit": (Tuning, {"what": "bias"}),
@@ -38,10 +42,6 @@ METHODS: dict[str, tuple[type[Adapter], dict]] = {
 }
 
 CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
-
-
-class AdapterError(ValueError):
-    """An adapter that does not fit; says what differs."""
 
 
 def attach(encoder: nn.Module, method: str, name: str | None = None, **options) -> Adapter:

@@ -15,6 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from hff_modules.layers import LayerSpec, parse_layers
 
 
+class AdapterError(ValueError):
+    """An adapter that does not fit; says what differs."""
+
+
 class Adapter(nn.Module):
     """One method, attached under one name to some layers of one encoder.
 

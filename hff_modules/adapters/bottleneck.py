@@ -10,9 +10,9 @@ import functools
 import torch
 from torch import nn
 
-from hff_modules.adapters.base import Adapter
+from hff_modules.adapters.base import Adapter, AdapterError
 
-_ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
 class Bottleneck(nn.Module):
@@ -42,14 +42,14 @@ class Bottleneck(nn.Module):
         init_std: float | None = None,
     ):
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"activation={activation!r}: expected one of {', '.join(_ACTIVATIONS)}"
+        if activation not in ACTIVATIONS:
+            raise AdapterError(
+                f"activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}"
             )
         if norm not in (None, "before", "after"):
-            raise ValueError(f"norm={norm!r}: expected 'before', 'after' or nothing")
+            raise AdapterError(f"norm={norm!r}: expected 'before', 'after' or nothing")
         self.down, self.up = nn.Linear(size, bottleneck), nn.Linear(bottleneck, size)
-        self.activation = _ACTIVATIONS[activation]()
+        self.activation = ACTIVATIONS[activation]()
         self.norm = None if norm is None else nn.LayerNorm(size)
         self.norm_last = norm == "after"
         if init_std is None:
@@ -76,6 +76,14 @@ def _add_beside(part: nn.Module, output: torch.Tensor, x: torch.Tensor) -> torch
     return output + part(x)
 
 
+def places_of(places) -> list[str]:
+    """Check the choice of branches that serial methods follow."""
+    places = list(places)
+    if not places or not set(places) <= {"attention", "feed_forward"}:
+        raise AdapterError(f"places={places}: expected 'attention' and / or 'feed_forward'")
+    return places
+
+
 class SerialBottleneck(Adapter):
     """``x + bottleneck(x)`` on what a branch gives, before it is added to the residual.
 
@@ -100,13 +108,10 @@ class SerialBottleneck(Adapter):
         norm: str | None = None,
         init_std: float | None = None,
     ):
-        places = list(places)
-        if not places or not set(places) <= {"attention", "feed_forward"}:
-            raise ValueError(f"places={places}: expected 'attention' and / or 'feed_forward'")
         super().__init__(
             layers,
             bottleneck=bottleneck,
-            places=places,
+            places=places_of(places),
             activation=activation,
             norm=norm,
             init_std=init_std,
@@ -114,12 +119,11 @@ class SerialBottleneck(Adapter):
 
     def insert(self, encoder: nn.Module, number: int) -> None:  # noqa: D102
         settings = {key: value for key, value in self.options.items() if key != "places"}
-        branches = encoder.parts(number)
-        hosts = {"attention": branches.attention, "feed_forward": branches.feed_forwards[-1].gives}
         for place in self.options["places"]:
             part = Bottleneck(encoder.hidden_size, **settings)
             self.parts[f"{number}_{place}"] = part
-            self.change_output(hosts[place], functools.partial(_add, part))
+            host = encoder.parts(number).branch(place)
+            self.change_output(host, functools.partial(_add, part))
 
 
 class TwoParallelAdapters(Adapter):
@@ -149,7 +153,7 @@ class TwoParallelAdapters(Adapter):
         branches: str = "both",
     ):
         if branches not in _BRANCHES:
-            raise ValueError(f"branches={branches!r}: expected one of {', '.join(_BRANCHES)}")
+            raise AdapterError(f"branches={branches!r}: expected one of {', '.join(_BRANCHES)}")
         super().__init__(layers, bottleneck=bottleneck, activation=activation, branches=branches)
 
     def insert(self, encoder: nn.Module, number: int) -> None:  # noqa: D102

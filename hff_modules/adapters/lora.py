@@ -6,7 +6,7 @@ import math
 import torch
 from torch import nn
 
-from hff_modules.adapters.base import Adapter
+from hff_modules.adapters.base import Adapter, AdapterError
 
 TARGETS = ("query", "key", "value", "output", "up", "down")
 
@@ -75,7 +75,7 @@ class LoRA(Adapter):
     ):
         targets = list(targets)
         if not targets or not set(targets) <= set(TARGETS):
-            raise ValueError(f"targets={targets}: expected some of {', '.join(TARGETS)}")
+            raise AdapterError(f"targets={targets}: expected some of {', '.join(TARGETS)}")
         super().__init__(layers, rank=rank, alpha=alpha, targets=targets, dropout=dropout)
         self._hosts: dict[str, nn.Linear] = {}
         self._unmerged: dict[str, torch.Tensor] = {}

@@ -6,7 +6,7 @@ BitFit: Ben Zaken et al., 2021, arXiv 2106.10199.
 import torch
 from torch import nn
 
-from hff_modules.adapters.base import Adapter
+from hff_modules.adapters.base import Adapter, AdapterError
 
 
 class Tuning(Adapter):
@@ -28,7 +28,7 @@ class Tuning(Adapter):
 
     def __init__(self, layers="all", what: str = "everything", outside: bool = False):
         if what not in ("bias", "norm", "everything"):
-            raise ValueError(f"what={what!r}: expected 'bias', 'norm' or 'everything'")
+            raise AdapterError(f"what={what!r}: expected 'bias', 'norm' or 'everything'")
         super().__init__(layers, what=what, outside=outside)
         self._tuned: dict[str, nn.Parameter] = {}  # live, owned by the encoder
         self._original: dict[str, torch.Tensor] = {}
@@ -50,7 +50,9 @@ class Tuning(Adapter):
                 continue
             key = f"{place}.{name}"
             if parameter.requires_grad:
-                raise ValueError(f"{key} is trained already; two methods cannot own one parameter")
+                raise AdapterError(
+                    f"{key} is trained already; two methods cannot own one parameter"
+                )
             self._tuned[key] = parameter
             self._original[key] = parameter.detach().clone()
             parameter.requires_grad_(True)
