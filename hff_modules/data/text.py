@@ -183,9 +183,9 @@ class SentencePieceUnits(_Units):
 
     Example
     -------
-    >>> units = SentencePieceUnits.from_texts(["THE CAT SAT", "THE MAT"] * 9, vocab_size=14)
+    >>> units = SentencePieceUnits.from_texts(["THE CAT SAT", "THE MAT"] * 9, vocab_size=12)
     >>> units.size
-    14
+    12
     >>> units.decode(units.encode("THE CAT"))
     'THE CAT'
     """
