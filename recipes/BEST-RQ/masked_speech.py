@@ -1,0 +1,336 @@
+"""Parts of the pretraining: model and head, masked batches of stored log-mels, codes on disk."""
+
+import csv
+import json
+import logging
+import math
+import os
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import targets
+import torch
+from safetensors.torch import load_file, save_file
+from speechbrain.dataio.sampler import DynamicBatchSampler
+from speechbrain.lobes.models.BESTRQ import compute_mask
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from torch import nn
+from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertModel
+
+logger = logging.getLogger(__name__)
+
+
+@register_checkpoint_hooks
+class Pretrainer(nn.Module):
+    """The encoder and a linear head that scores the codes of every codebook.
+
+    Arguments
+    ---------
+    config : transformers.Wav2Vec2BertConfig
+        Shape of the encoder.
+    codebooks : int
+        Codes that each frame has.
+    codes : int
+        Size of a codebook.
+    init : str, optional
+        Hugging Face folder to take the encoder's weights from (a second round).
+    """
+
+    def __init__(self, config, codebooks, codes, init=None):
+        super().__init__()
+        config._attn_implementation = "eager"
+        self.encoder = Wav2Vec2BertModel(config)
+        start_as_identity(self.encoder)
+        if init:
+            grow_from(Wav2Vec2BertModel.from_pretrained(init, dtype=torch.float32), self.encoder)
+        self.codebooks = codebooks
+        self.head = nn.Linear(config.hidden_size, codebooks * codes)
+
+    def forward(self, features, valid, mask):
+        """Scores of the codes, the masked frames' input being zero.
+
+        Zero is what the input's LayerNorm turns into a learned vector: no silence gives it, and the
+        exported encoder needs no mask embedding.
+
+        Arguments
+        ---------
+        features : torch.Tensor
+            (batch, frames, stride * mels)
+        valid, mask : torch.Tensor
+            (batch, frames), bool.
+
+        Returns
+        -------
+        torch.Tensor
+            (batch, frames, codebooks, codes)
+        """
+        features = features.masked_fill(mask.unsqueeze(-1), 0.0)
+        hidden = self.encoder(input_features=features, attention_mask=valid.long())
+        return self.head(hidden.last_hidden_state).unflatten(-1, (self.codebooks, -1))
+
+    @mark_as_saver
+    def save(self, path):
+        """Checkpoint without pickle."""
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, path)
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        """Counterpart of `save`."""
+        self.load_state_dict(load_file(path))
+
+    def export(self, folder, stride, report):
+        """Half-precision encoder as a Hugging Face folder; `report` goes to training.json."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        config = self.encoder.config
+        half = Wav2Vec2BertModel(config).half()
+        half.load_state_dict(self.encoder.state_dict())
+        half.save_pretrained(folder)
+        mels = config.feature_projection_input_dim // stride
+        SeamlessM4TFeatureExtractor(
+            feature_size=mels, num_mel_bins=mels, stride=stride, padding_value=0.0
+        ).save_pretrained(folder)
+        with open(Path(folder) / "training.json", "w", encoding="utf-8") as out:
+            json.dump(report, out, indent=1)
+
+
+def start_as_identity(encoder):
+    """Sets the last projection of every residual branch to zero.
+
+    With Hugging Face's initialisation twelve Conformer blocks hardly train in a small budget: their
+    output loses its spread over time, and a classification that a two-layer perceptron learns to
+    50 % in 200 steps stands at 10 % after 100; from here it reaches 50 % in 100.
+    """
+    for block in encoder.encoder.layers:
+        attention, convolution = block.self_attn.linear_out, block.conv_module.pointwise_conv2
+        for last in (block.ffn1.output_dense, block.ffn2.output_dense, attention, convolution):
+            nn.init.zeros_(last.weight)
+            if last.bias is not None:
+                nn.init.zeros_(last.bias)
+
+
+def grow_from(small, encoder):
+    """Copies a trained encoder into one of the same width with as many blocks or a multiple.
+
+    Fresh blocks, still the identity, follow each trained one. A trained block ends with a
+    LayerNorm; its scale and shift move to the last fresh block behind it, so that the output stays
+    the same.
+    """
+    times, rest = divmod(len(encoder.encoder.layers), len(small.encoder.layers))
+    if rest or small.config.hidden_size != encoder.config.hidden_size:
+        raise ValueError(
+            f"init has {len(small.encoder.layers)} blocks of width {small.config.hidden_size}, not "
+            f"a part of {len(encoder.encoder.layers)} of width {encoder.config.hidden_size}"
+        )
+    encoder.feature_projection.load_state_dict(small.feature_projection.state_dict())
+    for index, block in enumerate(small.encoder.layers):
+        grown = encoder.encoder.layers[index * times : (index + 1) * times]
+        plain = {k: v.clone() for k, v in grown[0].final_layer_norm.state_dict().items()}
+        grown[0].load_state_dict(block.state_dict())
+        grown[0].final_layer_norm.load_state_dict(plain)
+        grown[-1].final_layer_norm.load_state_dict(block.final_layer_norm.state_dict())
+
+
+@register_checkpoint_hooks
+class Progress:
+    """Seconds and hours of speech spent, and the curve; kept in checkpoints as JSON."""
+
+    def __init__(self):
+        self.seconds, self.hours, self.history = 0.0, 0.0, []
+        self._last = None
+
+    def tick(self, budget, device="cpu"):
+        """Share of `budget` (seconds) that is spent; in all processes that of the first one."""
+        now = time.monotonic()
+        # A long gap is validation, not training; it counts all the same, since the budget is what
+        # the user waits for.
+        self.seconds += now - (self._last or now)
+        self._last = now
+        share = torch.tensor([self.seconds / budget], device=device)
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast(share, 0)
+        return share.item()
+
+    @mark_as_saver
+    def save(self, path):
+        """Writes the JSON."""
+        kept = {"seconds": self.seconds, "hours": self.hours, "history": self.history}
+        Path(path).write_text(json.dumps(kept))
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        """Counterpart of `save`."""
+        vars(self).update(json.loads(Path(path).read_text()))
+
+
+class SpeechSegments(torch.utils.data.Dataset):
+    """Stored log-mels with their codes, in segments of bounded length.
+
+    Arguments
+    ---------
+    prepared : str
+        Folder that `prepare_speech` has written.
+    part : str
+        "train" or "valid"; masks of "valid" are the same every time.
+    codes : str
+        Codes of all frames, (N, codebooks).
+    max_frames : int
+        Longer utterances are cut evenly.
+    mask : dict
+        `share` of the frames that is masked, in spans of `frames`.
+    """
+
+    def __init__(self, prepared, part, codes, max_frames, mask):
+        self.features, rows = load_prepared(prepared, part)
+        self.codes = np.load(codes, mmap_mode="r")
+        self.part, self.mask, self.segments = part, mask, []
+        for start, count in rows:
+            pieces = math.ceil(count / max_frames)
+            cuts = [start + count * i // pieces for i in range(pieces + 1)]
+            self.segments += [
+                (a, b - a) for a, b in zip(cuts, cuts[1:], strict=False) if b - a >= mask["frames"]
+            ]
+
+    def __len__(self):
+        return len(self.segments)
+
+    def __getitem__(self, index):
+        return index
+
+    def collate(self, indices):
+        """Features (B,T,F), valid frames (B,T), masked frames (B,T), codes (B,T,codebooks)."""
+        chosen = [self.segments[i] for i in indices]
+        shape = len(chosen), max(count for _, count in chosen)
+        features = torch.zeros(*shape, self.features.shape[1])
+        codes = torch.zeros(*shape, self.codes.shape[1], dtype=torch.long)
+        valid, mask = torch.zeros(2, *shape, dtype=torch.bool)
+        with torch.random.fork_rng(devices=[], enabled=self.part == "valid"):
+            before = random.getstate()
+            if self.part == "valid":
+                torch.manual_seed(indices[0])
+                random.seed(indices[0])
+            for row, (start, count) in enumerate(chosen):
+                span = slice(start, start + count)
+                features[row, :count] = torch.from_numpy(self.features[span].astype(np.float32))
+                codes[row, :count] = torch.from_numpy(self.codes[span].astype(np.int64))
+                valid[row, :count] = True
+                # One utterance at a time: SpeechBrain's mask is the same for all of a batch.
+                starts = self.mask["share"] / self.mask["frames"]
+                mask[row, compute_mask((1, count), [count], starts, self.mask["frames"])] = True
+            if self.part == "valid":
+                random.setstate(before)
+        return features, valid, mask, codes
+
+
+def load_prepared(prepared, part):
+    """Memory-mapped frames (N, stride * mels); (first frame, frames) of the part's utterances."""
+    prepared = Path(prepared)
+    report = json.loads((prepared / "prepared.json").read_text())
+    width = report["settings"]["stride"] * 80
+    features = np.memmap(prepared / "features.f16", np.float16, mode="r").reshape(-1, width)
+    with open(prepared / f"{part}.csv", newline="", encoding="utf-8") as table:
+        rows = [(int(row["offset"]), int(row["frames"])) for row in csv.DictReader(table)]
+    return features, rows
+
+
+class PartSampler(DynamicBatchSampler):
+    """SpeechBrain's dynamic batches; an epoch is one of `parts` equal parts of all batches."""
+
+    def __init__(self, *args, parts=1, **kwargs):
+        self.parts = parts
+        super().__init__(*args, **kwargs)
+
+    def _generate_batches(self):
+        epoch = self._epoch
+        self._epoch = epoch // self.parts
+        super()._generate_batches()
+        self._epoch = epoch
+        self._batches = self._batches[epoch % self.parts :: self.parts] or self._batches
+
+
+def sampler(segments, batch_frames, hparams=None):
+    """Batches of `batch_frames` of similar lengths; shuffled when `hparams` are given."""
+    lengths = [count for _, count in segments.segments]
+    edges = sorted({int(edge) for edge in np.quantile(lengths, np.linspace(0, 1, 25)[1:])})
+    parts = 1
+    if hparams:
+        parts = max(1, round(sum(lengths) / (hparams["epoch_hours"] * 90000)))
+    return PartSampler(
+        segments,
+        batch_frames,
+        lengths_list=lengths,
+        bucket_boundaries=edges,
+        shuffle=hparams is not None,
+        batch_ordering="random" if hparams else "ascending",
+        seed=hparams["seed"] if hparams else 0,
+        parts=parts,
+    )
+
+
+def make_codes(hparams):
+    """Writes codes.npy and targets.json for all prepared frames, unless they are there.
+
+    `objective` is "best_rq" (random projections), "cepstra" (clusters of as many cepstral views as
+    `codebooks` asks, at most three) or "states" (of the teacher's layers `teacher_layers`).
+    """
+    folder = Path(hparams["output_folder"])
+    if (folder / "targets.json").exists():
+        return
+    features, rows = load_prepared(hparams["prepared_folder"], "train")
+    rows = rows + load_prepared(hparams["prepared_folder"], "valid")[1]
+    books, size, objective = hparams["codebooks"], hparams["codes"], hparams["objective"]
+    if objective == "best_rq":
+        codes = targets.random_projection(features, books, size, seed=hparams["seed"])
+    elif objective == "cepstra":
+        views = targets.cepstral_views(features, rows)
+        if books > len(views):
+            raise ValueError(f"codebooks: there are {len(views)} cepstral views, not {books}")
+        codes = targets.cluster(views[:books], size)
+    elif objective == "states":
+        layers = hparams["teacher_layers"]
+        if books != len(layers):
+            raise ValueError(f"codebooks={books} but teacher_layers={layers}: one for each layer")
+        teacher = Wav2Vec2BertModel.from_pretrained(hparams["teacher"], dtype=torch.float32).eval()
+        codes = np.concatenate(
+            [
+                targets.cluster([targets.states_of(teacher, features, rows, layer)], size)
+                for layer in layers
+            ],
+            axis=1,
+        )
+    else:
+        raise ValueError(f"objective={objective!r}: expected best_rq, cepstra or states")
+    report = targets.usage(codes, size)
+    for book, use in enumerate(report):
+        logger.info("codebook %d: %s", book, use)
+        if use["used"] < 0.1:
+            logger.warning(
+                "codebook %d has collapsed: %.1f %% of its %d codes are used; take another seed, "
+                "fewer codes, or look at the features",
+                book,
+                100 * use["used"],
+                size,
+            )
+    np.save(folder / "codes.part.npy", codes)
+    os.replace(folder / "codes.part.npy", folder / "codes.npy")
+    with open(folder / "targets.json", "w", encoding="utf-8") as out:
+        json.dump({"objective": objective, "codebooks": report}, out, indent=1)
+
+
+def build_optimizers(pretrainer, weight_decay=0.01, betas=(0.9, 0.98)):
+    """AdamW for the encoder and, with a learning rate of its own, for the head.
+
+    Returns
+    -------
+    dict
+        By the name that `lr_<name>` has in the hyper-parameters.
+    """
+    return {
+        name: torch.optim.AdamW(part.parameters(), lr=1e-3, betas=betas, weight_decay=weight_decay)
+        for name, part in (("encoder", pretrainer.encoder), ("head", pretrainer.head))
+    }

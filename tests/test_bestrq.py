@@ -1,0 +1,276 @@
+"""The pretraining recipe: it learns, continues, refuses, skips and reports."""
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import (
+    AutoModel,
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertModel,
+)
+
+from hff_modules.encoder import SSLEncoder
+
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "BEST-RQ"
+sys.path.insert(0, str(RECIPE))
+
+import masked_speech  # noqa: E402
+import speech_prepare  # noqa: E402
+import targets  # noqa: E402
+
+TINY = {
+    "num_layers": 2,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "codebooks": 1,
+    "codes": 16,
+    "batch_frames": 400,
+    "warmup_steps": 5,
+    "lr_encoder": 0.005,
+    "lr_head": 0.01,
+    "epoch_hours": 0.03,
+    "valid_seconds": 16,
+    "workers": 1,
+}
+
+
+def _recipe_main():
+    # By path: the project's own train.py has the same name.
+    spec = importlib.util.spec_from_file_location("bestrq_train", RECIPE / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def _utterance(rng, seconds=2.0):
+    """Sounds of four kinds in a fixed order with random lengths: masked ones can be guessed."""
+    parts, kind = [], rng.integers(4)
+    while sum(map(len, parts)) < seconds * 16000:
+        time = np.arange(rng.integers(3000, 5000)) / 16000
+        pitch = (250, 600, 1300, 2900)[kind % 4]
+        parts.append(0.2 * np.sin(2 * np.pi * pitch * time) + 0.01 * rng.standard_normal(len(time)))
+        kind += 1
+    return np.concatenate(parts)[: int(seconds * 16000)].astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    """Twelve speakers with four utterances of two seconds each, in three formats."""
+    folder = tmp_path_factory.mktemp("speech")
+    rng = np.random.default_rng(0)
+    for speaker in range(12):
+        for number in range(4):
+            ending = ("wav", "flac", "ogg")[number % 3]
+            soundfile.write(folder / f"{speaker:02d}-{number}.{ending}", _utterance(rng), 16000)
+    return folder
+
+
+def _arguments(speech, folder, **changes):
+    settings = TINY | {"sources": f"[{speech}]", "output_folder": f"{folder}/run"}
+    settings |= {"prepared_folder": f"{folder}/prepared"} | changes
+    given = [str(RECIPE / "hparams" / "clusters.yaml")]
+    for key, value in settings.items():
+        given += [f"--{key}", str(value)]
+    return given
+
+
+@pytest.fixture(scope="module")
+def trained(speech, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretraining")
+    _recipe_main()(_arguments(speech, folder, max_steps=60))
+    return folder
+
+
+def _history(folder):
+    return json.loads((folder / "run" / "encoder" / "training.json").read_text())["history"]
+
+
+def test_a_short_pretraining_beats_the_most_frequent_code(trained):
+    history = _history(trained)
+    codes = np.load(trained / "run" / "codes.npy")
+    share = np.bincount(codes[:, 0], minlength=16) / len(codes)
+    entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
+    last = history[-1]["valid"]
+    assert last["masked_loss"] < history[0]["valid"]["masked_loss"]
+    assert last["masked_loss"] < entropy
+    assert last["masked_accuracy"] > share.max()
+
+
+def test_a_run_goes_on_where_it_stopped(speech, trained):
+    before = _history(trained)
+    _recipe_main()(_arguments(speech, trained, max_steps=70))
+    after = _history(trained)
+    assert after[: len(before)] == before
+    assert before[-1]["steps"] == 60 and after[-1]["steps"] == 70
+    assert after[-1]["valid"]["masked_loss"] < before[0]["valid"]["masked_loss"]
+    assert after[-1]["hours"] > before[-1]["hours"]
+
+
+def test_a_run_is_not_continued_with_another_configuration(speech, trained):
+    with pytest.raises(ValueError, match="lr_encoder=0.005.*0.1.*output_folder"):
+        _recipe_main()(_arguments(speech, trained, lr_encoder=0.1))
+
+
+def test_the_result_is_a_folder_that_transformers_and_the_encoder_load(trained):
+    folder = trained / "run" / "encoder"
+    assert (folder / "model.safetensors").stat().st_size < 1e6
+    model = AutoModel.from_pretrained(folder)
+    assert model.config.num_hidden_layers == 2
+    assert SeamlessM4TFeatureExtractor.from_pretrained(folder).stride == 4
+    encoder = SSLEncoder(str(folder), layers="all")
+    states, lengths = encoder(torch.randn(1, 16000), torch.ones(1))
+    assert states.shape == (3, 1, int(lengths[0]), 48)
+
+
+def test_stored_log_mels_are_those_of_transformers(trained):
+    features, _ = masked_speech.load_prepared(trained / "prepared", "train")
+    line = (trained / "prepared" / "train.csv").read_text().splitlines()[1].split(",")
+    wav, start, count = line[2], int(line[4]), int(line[5])
+    extractor = SeamlessM4TFeatureExtractor(stride=4)
+    expected = extractor(soundfile.read(wav)[0], sampling_rate=16000).input_features[0]
+    assert len(expected) == count
+    assert np.abs(expected - features[start : start + count]).max() < 0.01
+
+
+def test_held_out_speakers_are_not_trained_on(trained):
+    parts = []
+    for part in ("train", "valid"):
+        lines = (trained / "prepared" / f"{part}.csv").read_text().splitlines()[1:]
+        parts.append({line.split(",")[3] for line in lines})
+    assert parts[0] and parts[1] and not parts[0] & parts[1]
+
+
+def test_useless_files_are_skipped_by_name_and_counted(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    rate = 16000
+    soundfile.write(tmp_path / "a-good.wav", _utterance(rng), rate)
+    soundfile.write(tmp_path / "b-good.wav", _utterance(rng), rate)
+    soundfile.write(tmp_path / "c-silent.wav", np.zeros(rate), rate)
+    soundfile.write(tmp_path / "c-clipped.wav", np.clip(9 * _utterance(rng), -1, 1), rate)
+    soundfile.write(tmp_path / "c-short.flac", _utterance(rng, 0.2), rate)
+    (tmp_path / "c-broken.mp3").write_bytes(b"no audio" * 100)
+    (tmp_path / "table.csv").write_text("wav,spk_id\na-good.wav,a\nnowhere.wav,b\n")
+    with caplog.at_level(logging.WARNING):
+        report = speech_prepare.prepare_speech(
+            [str(tmp_path), str(tmp_path / "table.csv")], tmp_path / "prepared", workers=1
+        )
+    expected = {"silent": 1, "clipped": 1, "too short": 1, "unreadable": 1, "missing": 1}
+    assert report["skipped"] == expected and report["files"] == 3
+    for reason, name in [
+        ("silent", "c-silent.wav"),
+        ("clipped", "c-clipped.wav"),
+        ("too short", "c-short.flac"),
+        ("unreadable", "c-broken.mp3"),
+        ("missing", "nowhere.wav"),
+    ]:
+        assert any(reason in m and name in m for m in caplog.messages)
+
+
+def test_prepared_speech_is_not_used_for_other_sources(speech, trained):
+    with pytest.raises(ValueError, match="sources=.*prepared"):
+        speech_prepare.prepare_speech(["/elsewhere"], trained / "prepared")
+
+
+def test_a_collapsed_quantizer_is_reported(trained, tmp_path, caplog):
+    prepared = tmp_path / "prepared"
+    prepared.mkdir()
+    for name in ("prepared.json", "train.csv", "valid.csv"):
+        (prepared / name).write_text((trained / "prepared" / name).read_text())
+    features = np.memmap(trained / "prepared" / "features.f16", np.float16, mode="r")
+    np.ones_like(features).tofile(prepared / "features.f16")
+    settings = {"objective": "best_rq", "codebooks": 1, "codes": 64, "seed": 0}
+    settings |= {"output_folder": str(tmp_path), "prepared_folder": str(prepared)}
+    with caplog.at_level(logging.WARNING):
+        masked_speech.make_codes(settings)
+    assert any("collapsed: 1.6 %" in message for message in caplog.messages)
+    assert json.loads((tmp_path / "targets.json").read_text())["codebooks"][0]["used"] == 1 / 64
+
+
+def test_random_projection_codes_are_those_of_speechbrain():
+    from speechbrain.nnet.quantisers import RandomProjectionQuantizer
+
+    features = np.random.default_rng(0).standard_normal((50, 24)).astype(np.float32)
+    codes = targets.random_projection(features, codebooks=2, codes=32, seed=3)
+    torch.manual_seed(3)
+    for book in range(2):
+        quantizer = RandomProjectionQuantizer(24, 16, 32)
+        assert quantizer(torch.from_numpy(features)[None])[0].tolist() == codes[:, book].tolist()
+
+
+def test_cepstral_views_do_not_look_across_utterances():
+    features = np.random.default_rng(0).standard_normal((30, 320)).astype(np.float16)
+    other = features.copy()
+    other[20:] += 5
+    bounds = [(0, 20), (20, 10)]
+    for view, changed in zip(
+        targets.cepstral_views(features, bounds), targets.cepstral_views(other, bounds), strict=True
+    ):
+        scale = (changed[0] / view[0])[None]
+        np.testing.assert_allclose(view[:20] * scale, changed[:20], rtol=1e-3, atol=1e-4)
+
+
+def test_teacher_states_are_those_of_the_whole_model_alone():
+    config = _tiny_config(num_hidden_layers=3)
+    model = Wav2Vec2BertModel(config).eval()
+    features = np.random.default_rng(0).standard_normal((30, 320)).astype(np.float16)
+    states = targets.states_of(model, features, [(0, 20), (20, 10)], layer=2)
+    with torch.no_grad():
+        inputs = torch.from_numpy(features[20:].astype(np.float32))[None]
+        alone = model(inputs, output_hidden_states=True)
+    np.testing.assert_allclose(states[20:], alone.hidden_states[2][0], atol=5e-3)
+    assert len(model.encoder.layers) == 3
+
+
+def _tiny_config(**changes):
+    shape = {"hidden_size": 32, "output_hidden_size": 32, "intermediate_size": 48}
+    shape |= {"num_attention_heads": 4, "feature_projection_input_dim": 320}
+    shape |= {"position_embeddings_type": "rotary", "mask_time_prob": 0.0, "layerdrop": 0.0}
+    return Wav2Vec2BertConfig(**shape | changes)
+
+
+def test_a_grown_encoder_gives_the_same_output_as_the_small_one():
+    torch.manual_seed(0)
+    small = Wav2Vec2BertModel(_tiny_config(num_hidden_layers=2)).eval()
+    for param in small.parameters():  # as after training: scales and shifts too
+        torch.nn.init.normal_(param, std=0.3)
+    large = Wav2Vec2BertModel(_tiny_config(num_hidden_layers=6)).eval()
+    masked_speech.start_as_identity(large)
+    masked_speech.grow_from(small, large)
+    inputs = torch.randn(2, 9, 320)
+    with torch.no_grad():
+        expected = small(inputs).last_hidden_state
+        assert expected.std() > 0.1
+        torch.testing.assert_close(large(inputs).last_hidden_state, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_growing_to_a_depth_that_is_no_multiple_is_refused():
+    small = Wav2Vec2BertModel(_tiny_config(num_hidden_layers=2))
+    large = Wav2Vec2BertModel(_tiny_config(num_hidden_layers=3))
+    with pytest.raises(ValueError, match="2 blocks.*3"):
+        masked_speech.grow_from(small, large)
+
+
+def test_two_processes_train_one_encoder(speech, trained, tmp_path):
+    arguments = _arguments(speech, tmp_path, max_steps=3, distributed_backend="gloo")
+    arguments += ["--prepared_folder", str(trained / "prepared")]
+    paths = os.pathsep.join([str(RECIPE.parent.parent), os.environ.get("PYTHONPATH", "")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run(
+        [*launch, str(RECIPE / "train.py"), *arguments],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert _history(tmp_path)[-1]["steps"] == 3
