@@ -8,7 +8,7 @@ and no LayerDrop, in training as in evaluation.
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from hff_modules.adapters.base import select_rows
-from hff_modules.families import FAMILIES, Family, LayerParts, LogMelFamily
+from hff_modules.adapters.base import join_frames, select_rows
+from hff_modules.families import FAMILIES, Family, KeyValueHook, LayerParts, LogMelFamily
 from hff_modules.layers import LayerSpec, parse_layers
 
 BUILTIN = Path(__file__).parent / "pretrained" / "conformer-small"
@@ -106,7 +106,9 @@ class SSLEncoder(nn.Module):
         family = self._family
         lowest = self.top
         for adapter in self.adapters.values():
-            if adapter.enabled and any(p.requires_grad for p in adapter.parameters()):
+            # Frames that stay in front are in no stored state: all layers are run anew, always.
+            trained = adapter.frames_stay or any(p.requires_grad for p in adapter.parameters())
+            if adapter.enabled and trained:
                 lowest = min(lowest, adapter.lowest_changed() - 1)
         trained = {id(p) for p in self.model.parameters() if p.requires_grad}
         if not trained:
@@ -136,6 +138,24 @@ class SSLEncoder(nn.Module):
     def parts(self, number: int) -> LayerParts:
         """What adapters attach to in layer ``number`` (from 1)."""
         return self._family.parts(number)
+
+    @property
+    def front_convolutions(self) -> list[nn.Conv1d]:
+        """The convolutions between waveform or log-mels and the layers, lowest first."""
+        return self._family.front_convolutions
+
+    def hook_keys_and_values(self, number: int, change: Callable) -> KeyValueHook:
+        """Pass keys and values of an attention through ``change``, see :class:`Family`."""
+        return self._family.hook_keys_and_values(number, change)
+
+    def layer_buffers(self, number: int) -> dict[str, tuple[nn.Module, str]]:
+        """The buffers in layer ``number`` that training changes: modules and their names there."""
+        return {
+            f"{prefix}.{name}": (module, name)
+            for prefix, module in self._family.layers[number - 1].named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for name, _ in module.named_buffers(recurse=False)
+        }
 
     def layer_parameters(self, number: int) -> dict[str, nn.Parameter]:
         """The encoder's own parameters in layer ``number`` (from 1), by name."""
@@ -209,7 +229,7 @@ class SSLEncoder(nn.Module):
         else:
             states, hidden, lengths, call = self._run_frozen(wavs, wav_lens)
         for number in range(max(horizon, 0) + 1, self.top + 1):
-            hidden = self._step(number, hidden, call, states)
+            hidden, call = self._step(number, hidden, call, states)
         frames = int(lengths.max())
         return torch.stack([states[k][:, :frames] for k in self.layers]), lengths
 
@@ -260,7 +280,7 @@ class SSLEncoder(nn.Module):
             if 0 in self.layers:
                 states[0] = hidden.float()
             for number in range(1, horizon + 1):
-                hidden = self._step(number, hidden, call, states)
+                hidden, call = self._step(number, hidden, call, states)
         return states, hidden.float(), lengths, call
 
     def _restore(self, stored, lens):
@@ -304,11 +324,26 @@ class SSLEncoder(nn.Module):
         }
 
     def _step(self, number, hidden, call, states):
-        hidden = self._family.run_layer(number, hidden, call)
+        """Layer ``number``: its output, and what the layer above is called with."""
+        hidden, call = self._put_in_front(number, hidden, call, stay=True)
+        longer, longer_call = self._put_in_front(number, hidden, call, stay=False)
+        out = self._family.run_layer(number, longer, longer_call)
+        hidden = out[:, longer_call.front - call.front :]
         if number in self.layers:
             norm = self._family.final_norm if number == self.num_layers else None
-            states[number] = (norm(hidden) if norm is not None else hidden).float()
-        return hidden
+            speech = hidden[:, call.front :]
+            states[number] = (norm(speech) if norm is not None else speech).float()
+        return hidden, call
+
+    def _put_in_front(self, number, hidden, call, stay):
+        joined = join_frames(self.adapters, number, len(hidden), stay)
+        if joined is None:
+            return hidden, call
+        frames, there, names = joined
+        hidden = torch.cat([frames.to(hidden.dtype), hidden], dim=1)
+        if names not in call.longer:
+            call.longer[names] = self._family.call_longer(hidden, there, call)
+        return hidden, call.longer[names]
 
     @contextlib.contextmanager
     def _frozen(self, device: torch.device):

@@ -7,12 +7,16 @@ there, which yields both the state that enters layer 1 and the masks and positio
 every layer is called with.
 """
 
+import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from hff_modules.frontend import KaldiLogMel, WhisperLogMel, normalise, valid_mask
 
@@ -23,6 +27,11 @@ class LayerCall:
 
     args: tuple = ()
     kwargs: dict = field(default_factory=dict)
+    valid: torch.Tensor | None = None  # (batch, frames), True where valid; None if all are
+    front: int = 0  # learned frames in front of the speech
+    longer: dict = field(
+        default_factory=dict
+    )  # calls with more frames in front, made from this one
 
 
 @dataclass
@@ -91,6 +100,32 @@ class _LayerOneReached(Exception):
         self.hidden, self.call = hidden, call
 
 
+def _until_layer_one(layers: nn.ModuleList, run: Callable) -> tuple[torch.Tensor, LayerCall]:
+    """Call ``run`` and stop it at layer 1; gives what enters there."""
+    hook = layers[0].register_forward_pre_hook(_stop_at_layer_one, with_kwargs=True, prepend=True)
+    try:
+        run()
+    except _LayerOneReached as reached:
+        return reached.hidden, reached.call
+    finally:
+        hook.remove()
+    raise RuntimeError("the model never called its first layer")
+
+
+@contextlib.contextmanager
+def _without_positions(stack: nn.Module):
+    """Spare a convolution whose result is not wanted."""
+    convolution = getattr(stack, "pos_conv_embed", None)
+    if convolution is None:
+        yield
+        return
+    stack.pos_conv_embed = nn.Identity()
+    try:
+        yield
+    finally:
+        stack.pos_conv_embed = convolution
+
+
 def _stop_at_layer_one(module: nn.Module, args: tuple, kwargs: dict):
     hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
     raise _LayerOneReached(hidden, LayerCall(tuple(rest), kwargs))
@@ -139,6 +174,7 @@ class Family:
         self.preprocessor = preprocessor
         self.padding = Padding()
         config = model.config
+        self.attention_implementation = config._attn_implementation
         config.apply_spec_augment = False  # masking belongs on the fused features
         config.layerdrop = 0.0
         for name, parameter in list(model.named_parameters(recurse=False)):
@@ -212,30 +248,113 @@ class Family:
         with torch.no_grad():
             inputs = self.inputs(wavs, num_samples)
         lengths = self.count_frames(num_samples)
-        self.set_padding(lengths, num_samples)
-        hook = self.layers[0].register_forward_pre_hook(_stop_at_layer_one, with_kwargs=True)
-        try:
-            self.model(**inputs)
-        except _LayerOneReached as reached:
-            return reached.hidden, lengths, reached.call
-        finally:
-            hook.remove()
-        raise RuntimeError(f"{type(self.model).__name__} never called its first layer")
+        padded = len(lengths) > 1 and bool((num_samples != num_samples.max()).any())
+        self.padding.num_samples = num_samples if padded else None
+        self.padding.frames = self.valid_frames(lengths)
+        hidden, call = _until_layer_one(self.layers, functools.partial(self.model, **inputs))
+        call.valid = self.padding.frames
+        return hidden, lengths, call
 
-    def set_padding(self, lengths: torch.Tensor, num_samples: torch.Tensor | None = None) -> None:
-        """Tell the padding-sensitive modules which part of the coming batch is valid."""
+    def valid_frames(self, lengths: torch.Tensor) -> torch.Tensor | None:
+        """Mask (batch, frames) of what the layers may look at; None if that is everything."""
         padded = len(lengths) > 1 and bool((lengths != lengths.max()).any())
-        self.padding.frames = valid_mask(lengths, int(lengths.max())) if padded else None
-        if num_samples is not None:
-            padded = len(lengths) > 1 and bool((num_samples != num_samples.max()).any())
-            self.padding.num_samples = num_samples if padded else None
+        return valid_mask(lengths, int(lengths.max())) if padded else None
+
+    def call_for(self, hidden: torch.Tensor, lengths: torch.Tensor) -> LayerCall:
+        """What the layers are called with when the work starts at a stored state.
+
+        Arguments
+        ---------
+        hidden : torch.Tensor
+            (batch, frames, width), any state.
+        lengths : torch.Tensor
+            (batch,), valid frames; the longest has all of them.
+
+        Returns
+        -------
+        LayerCall
+            The one that :meth:`enter` gives for the same utterances.
+        """
+        return self.call_with(hidden, self.valid_frames(lengths))
+
+    def call_with(self, hidden: torch.Tensor, valid: torch.Tensor | None) -> LayerCall:
+        """What the layers are called with for frames of which ``valid`` may be looked at.
+
+        Hugging Face's own stack makes it, run on frames of zeros until layer 1 is reached.
+
+        Arguments
+        ---------
+        hidden : torch.Tensor
+            (batch, frames, width); only its shape, type and device matter.
+        valid : torch.Tensor, optional
+            (batch, frames), True where valid; all are by default.
+        """
+        zeros = torch.zeros_like(hidden, requires_grad=False)
+        run = functools.partial(self.stack, zeros, attention_mask=valid)
+        with torch.no_grad(), _without_positions(self.stack):
+            _, call = _until_layer_one(self.layers, run)
+        call.valid = valid
+        return call
+
+    def call_longer(self, hidden: torch.Tensor, in_front: torch.Tensor, call: LayerCall):
+        """The call for ``hidden``, which is what ``call`` is for with more frames in front.
+
+        Arguments
+        ---------
+        hidden : torch.Tensor
+            (batch, more + frames, width).
+        in_front : torch.Tensor
+            (batch, more), True where an utterance has such a frame.
+        call : LayerCall
+            For the frames alone.
+        """
+        valid = None
+        if call.valid is not None or not bool(in_front.all()):
+            speech = in_front.new_ones(len(hidden), hidden.shape[1] - in_front.shape[1])
+            valid = torch.cat([in_front, speech if call.valid is None else call.valid], dim=1)
+        longer = self.call_with(hidden, valid)
+        longer.front = call.front + in_front.shape[1]
+        return longer
 
     def parts(self, number: int) -> LayerParts:
         """What adapters attach to in layer ``number`` (from 1)."""
         raise NotImplementedError
 
+    @property
+    def front_convolutions(self) -> list[nn.Conv1d]:
+        """The convolutions between waveform or log-mels and the layers, lowest first."""
+        return []
+
+    def hook_keys_and_values(self, number: int, change: Callable) -> "KeyValueHook":
+        """Pass keys and values of the attention in layer ``number`` through ``change``.
+
+        Arguments
+        ---------
+        number : int
+            Layer, from 1.
+        change : Callable
+            ``change(key, value, mask, bias)`` gives the four again. Keys and values (batch, heads,
+            frames, width of a head), the boolean mask and the additive bias (both or either may be
+            None) broadcast to (batch, heads, queries, keys). No closure, so that copies work.
+
+        Returns
+        -------
+        KeyValueHook
+            With ``remove()``.
+        """
+        return KeyValueHook(self, self.parts(number).attention, change)
+
+    def route_attention(self) -> None:
+        """Send attention through the hooks on keys and values while there are any."""
+        numbers = range(1, len(self.layers) + 1)
+        hooked = any(getattr(self.parts(n).attention, _HOOKS, None) for n in numbers)
+        implementation = _HOOKED if hooked else self.attention_implementation
+        if self.model.config._attn_implementation != implementation:
+            self.model.config._attn_implementation = implementation
+
     def run_layer(self, number: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Layer ``number`` (from 1): state ``number - 1`` to state ``number``."""
+        self.padding.frames = call.valid
         out = self.layers[number - 1](hidden, *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -267,6 +386,10 @@ class WaveformFamily(Family):
     @property
     def never_trained(self) -> list[nn.Module]:  # noqa: D102
         return [self.model.feature_extractor]
+
+    @property
+    def front_convolutions(self) -> list[nn.Conv1d]:  # noqa: D102
+        return [layer.conv for layer in self.model.feature_extractor.conv_layers]
 
     def parts(self, number: int) -> LayerParts:  # noqa: D102
         layer = self.layers[number - 1]
@@ -313,11 +436,57 @@ def _wavlm_attention(
     key = attention.k_proj(hidden).view(heads).transpose(1, 2)
     value = attention.v_proj(hidden).view(heads).transpose(1, 2)
     bias = position_bias.view(batch, attention.num_heads, frames, frames).to(query.dtype)
-    if frame_mask is not None:
-        bias = bias.masked_fill(~frame_mask.bool()[:, None, None, :], float("-inf"))
+    mask = None if frame_mask is None else frame_mask.bool()[:, None, None, :]
+    for hook in getattr(attention, _HOOKS, ()):
+        key, value, mask, bias = hook.change(key, value, mask, bias)
+    if mask is not None:
+        bias = bias.masked_fill(~mask, float("-inf"))
     dropout = attention.dropout if attention.training else 0.0
     attended = nn.functional.scaled_dot_product_attention(query, key, value, bias, dropout)
     return attention.out_proj(attended.transpose(1, 2).reshape(hidden.shape)), None
+
+
+_HOOKS, _HOOKED = "key_value_hooks", "hooked_sdpa"
+
+
+class KeyValueHook:
+    """A change of the keys and values of one attention, until it is removed."""
+
+    def __init__(self, family: "Family", attention: nn.Module, change: Callable):
+        self.family, self.attention, self.change = family, attention, change
+        setattr(attention, _HOOKS, [*getattr(attention, _HOOKS, []), self])
+        family.route_attention()
+
+    def remove(self) -> None:
+        """Take the change off."""
+        hooks = getattr(self.attention, _HOOKS)
+        hooks.remove(self)
+        if not hooks:
+            delattr(self.attention, _HOOKS)
+        self.family.route_attention()
+
+
+def _hooked_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Hugging Face's "sdpa" attention behind the hooks on the module's keys and values."""
+    for hook in getattr(module, _HOOKS, ()):
+        key, value, attention_mask, position_bias = hook.change(
+            key, value, attention_mask, position_bias
+        )
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, position_bias=position_bias, **kwargs
+    )
+
+
+AttentionInterface.register(_HOOKED, _hooked_attention)
+AttentionMaskInterface.register(_HOOKED, sdpa_mask)
 
 
 class WavLMFamily(WaveformFamily):
@@ -336,10 +505,14 @@ class WavLMFamily(WaveformFamily):
             )
 
     def run_layer(self, number: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:  # noqa: D102
-        hidden, call.kwargs["position_bias"] = self.layers[number - 1](
-            hidden, *call.args, **call.kwargs
-        )
-        return hidden
+        if call.kwargs.get("position_bias") is None:  # also when layer 1 was skipped
+            attention, (batch, frames, _) = self.layers[0].attention, hidden.shape
+            bias = attention.compute_bias(frames, frames).expand(batch, -1, -1, -1)
+            call.kwargs["position_bias"] = bias.reshape(-1, frames, frames)
+        return super().run_layer(number, hidden, call)
+
+    def route_attention(self) -> None:  # noqa: D102
+        pass  # its attention is ours and looks for hooks itself
 
 
 class Data2VecFamily(WaveformFamily):
@@ -439,8 +612,25 @@ class WhisperFamily(Family):
     def inputs(self, wavs: torch.Tensor, num_samples: torch.Tensor) -> dict:  # noqa: D102
         return {"input_features": self.log_mel.to(wavs.device)(wavs, num_samples)}
 
-    def set_padding(self, lengths: torch.Tensor, num_samples: torch.Tensor | None = None) -> None:  # noqa: D102
-        pass  # silence is part of what Whisper reads, so nothing is masked
+    @property
+    def front_convolutions(self) -> list[nn.Conv1d]:  # noqa: D102
+        return [self.model.conv1, self.model.conv2]
+
+    def valid_frames(self, lengths: torch.Tensor) -> None:  # noqa: D102
+        return None  # silence is part of what Whisper reads, so nothing is masked
+
+    def call_for(self, hidden: torch.Tensor, lengths: torch.Tensor) -> LayerCall:  # noqa: D102
+        window = self.model.max_source_positions
+        if hidden.shape[1] != window:
+            raise ValueError(
+                f"{hidden.shape[1]} frames were given; Whisper's layers also look at the silence "
+                f"behind the speech, so a stored state must have all {window}"
+            )
+        return super().call_for(hidden, lengths)
+
+    def call_with(self, hidden: torch.Tensor, valid: torch.Tensor | None) -> LayerCall:  # noqa: D102
+        mask = None if valid is None else valid[:, None, None, :]
+        return LayerCall((mask,), valid=valid)
 
 
 class LogMelFamily(Family):

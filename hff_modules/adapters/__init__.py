@@ -18,9 +18,13 @@ from torch import nn
 from hff_modules.adapters.adapter_bias import AdapterBias
 from hff_modules.adapters.base import Adapter, AdapterError
 from hff_modules.adapters.bottleneck import SerialBottleneck, TwoParallelAdapters
+from hff_modules.adapters.cnn import CNNAdapters
 from hff_modules.adapters.compacter import Compacter
 from hff_modules.adapters.lora import LoRA
+from hff_modules.adapters.prefix import Prefix
+from hff_modules.adapters.prompts import PAdapter, Prompts
 from hff_modules.adapters.tuning import Tuning
+from hff_modules.adapters.unipet import UniPET
 from hff_modules.files import write_atomically
 
 # Method name -> class and the settings that make it the published one; any may be overridden.
@@ -34,7 +38,13 @@ METHODS: dict[str, tuple[type[Adapter], dict]] = {
     "compacter": (Compacter, {}),
     "adapter_bias": (AdapterBias, {}),
     "tpa": (TwoParallelAdapters, {}),
+    "inner": (TwoParallelAdapters, {}),  # of inner + inter; the other half is a fusion
     "lora": (LoRA, {}),
+    "prefix": (Prefix, {}),
+    "prompts": (Prompts, {}),
+    "p_adapter": (PAdapter, {}),
+    "unipet": (UniPET, {}),
+    "cnn": (CNNAdapters, {}),
     "bitfit": (Tuning, {"what": "bias"}),
     "layernorm": (Tuning, {"what": "norm"}),
     "top_k": (Tuning, {"what": "everything"}),
@@ -190,9 +200,10 @@ def load_adapter(encoder: nn.Module, folder: str | Path, name: str | None = None
     if differing:
         raise AdapterError("the adapter was made for another encoder:\n  " + "\n  ".join(differing))
     name = name or config["name"]
-    adapter = attach(
-        encoder, config["method"], name, **config["options"] | {"layers": config["layers"]}
-    )
+    options = dict(config["options"])
+    if METHODS[config["method"]][0].in_layers:
+        options["layers"] = config["layers"]
+    adapter = attach(encoder, config["method"], name, **options)
     expected = {key: tuple(t.shape) for key, t in adapter.tensors().items()}
     given = {key: tuple(t.shape) for key, t in tensors.items()}
     if expected != given:

@@ -1,7 +1,8 @@
 """The contract of all adapters: attached under a name, taken off again, saved, switched.
 
 An adapter adds parameters of its own beside a frozen encoder; nothing of the encoder is replaced.
-It works through forward hooks on the modules that ``families.py`` names. At birth it changes
+It works through hooks on the modules that ``families.py`` names, or gives frames that the encoder
+puts in front of the speech. At birth it changes
 nothing (prompts and prefixes do, and say so by ``identity_at_birth = False``); disabled it is as
 good as absent, bit for bit; removed, the encoder is as it was.
 """
@@ -34,6 +35,8 @@ class Adapter(nn.Module):
     """
 
     identity_at_birth = True
+    in_layers = True  # False: in front of the layers, with no choice among them
+    frames_stay = False  # whether frames_in_front go on to the layers above
     switched_by_row = True  # whether utterances of one batch may use different ones
     merges = False
 
@@ -58,8 +61,15 @@ class Adapter(nn.Module):
     # What a method gives
 
     def insert(self, encoder: nn.Module, number: int) -> None:
-        """Attach to layer ``number`` (from 1) of ``encoder`` (an :class:`SSLEncoder`)."""
+        """Attach to layer ``number`` (from 1) of ``encoder`` (an :class:`SSLEncoder`).
+
+        Methods that are not in layers are called once, with 0.
+        """
         raise NotImplementedError
+
+    def frames_in_front(self, number: int) -> torch.Tensor | None:
+        """Learned frames (length, width) for the front of what enters layer ``number``."""
+        return None
 
     def lowest_changed(self) -> int:
         """The lowest state that depends on this adapter; 0 for the front end."""
@@ -69,8 +79,9 @@ class Adapter(nn.Module):
 
     def attach(self, encoder: nn.Module) -> None:
         """Insert into every chosen layer."""
-        self.layers = parse_layers(self.layer_spec, encoder.top, lowest=1)
-        for number in self.layers:
+        if self.in_layers:
+            self.layers = parse_layers(self.layer_spec, encoder.top, lowest=1)
+        for number in self.layers if self.in_layers else [0]:
             self.insert(encoder, number)
         device = next(encoder.model.parameters()).device
         self.to(device)
@@ -150,6 +161,52 @@ class _OutputHook:
         inputs, self.seen = (self.seen,) if self.reads else (), None
         changed = self.adapter.on_rows(self.change, first, *inputs)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def join_frames(
+    adapters: nn.ModuleDict, number: int, batch: int, stay: bool
+) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]] | None:
+    """Collect what adapters put in front of the frames that enter a layer.
+
+    Arguments
+    ---------
+    adapters : nn.ModuleDict
+        Adapters of an encoder by name, their rows selected.
+    number : int
+        Layer, from 1.
+    batch : int
+        Utterances in the batch.
+    stay : bool
+        Frames that stay for the layers above, or those that are taken off behind this one.
+
+    Returns
+    -------
+    tuple[torch.Tensor, torch.Tensor, tuple[str, ...]] | None
+        Frames (batch, more, width), where an utterance has them (batch, more), and the names of
+        the adapters that they are from. None if there are none.
+    """
+    given = {
+        name: (adapter.rows, frames)
+        for name, adapter in adapters.items()
+        if adapter.frames_stay == stay and adapter.applies()
+        if (frames := adapter.frames_in_front(number)) is not None
+    }
+    if not given:
+        return None
+    if all(rows is None for rows, _ in given.values()):
+        joined = torch.cat([frames for _, frames in given.values()])
+        there = torch.ones(batch, len(joined), dtype=torch.bool, device=joined.device)
+        return joined.expand(batch, -1, -1), there, tuple(given)
+    # Each utterance has one adapter here. Its frames stand right in front of the speech, where
+    # they would be without the others.
+    more = max(len(frames) for _, frames in given.values())
+    first = next(iter(given.values()))[1]
+    joined = first.new_zeros(batch, more, first.shape[-1])
+    there = torch.zeros(batch, more, dtype=torch.bool, device=first.device)
+    for rows, frames in given.values():
+        joined[rows, more - len(frames) :] = frames
+        there[rows, more - len(frames) :] = True
+    return joined, there, tuple(given)
 
 
 def select_rows(

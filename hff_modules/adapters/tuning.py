@@ -12,7 +12,10 @@ from hff_modules.adapters.base import Adapter, AdapterError
 class Tuning(Adapter):
     """Train parameters that the encoder has already; nothing is added.
 
-    The values they had are kept, so that disabling or removing gives the plain encoder back.
+    The values they had are kept, so that disabling or removing gives the plain encoder back; so are
+    the statistics of batch norms that are trained. "bias" and "norm" leave batch norms alone, as
+    their statistics would then follow the training data. In 12 layers of 768 and 3072 "bias" trains
+    101,376 numbers (norms' biases included) and "norm" 36,864.
 
     Arguments
     ---------
@@ -31,6 +34,7 @@ class Tuning(Adapter):
             raise AdapterError(f"what={what!r}: expected 'bias', 'norm' or 'everything'")
         super().__init__(layers, what=what, outside=outside)
         self._tuned: dict[str, nn.Parameter] = {}  # live, owned by the encoder
+        self._statistics: dict[str, tuple[nn.Module, str]] = {}  # statistics beside them
         self._original: dict[str, torch.Tensor] = {}
         self._parked: dict[str, torch.Tensor] = {}  # trained values while disabled
 
@@ -41,12 +45,18 @@ class Tuning(Adapter):
 
     def insert(self, encoder: nn.Module, number: int) -> None:  # noqa: D102
         self._take(str(number), encoder.layer_parameters(number))
+        if self.options["what"] == "everything":
+            for name, (module, buffer) in encoder.layer_buffers(number).items():
+                self._statistics[f"{number}.{name}"] = (module, buffer)
+                self._original[f"{number}.{name}"] = getattr(module, buffer).clone()
 
     def _take(self, place: str, parameters: dict[str, nn.Parameter]) -> None:
         for name, parameter in parameters.items():
-            is_norm = "norm" in name  # every family calls its norms so
-            chosen = {"bias": name.endswith("bias") and not is_norm, "norm": is_norm}
-            if not chosen.get(self.options["what"], True):
+            # Every family calls its norms so.
+            chosen = {"bias": name.endswith("bias"), "norm": "norm" in name, "everything": True}
+            if self.options["what"] != "everything" and "batch_norm" in name:
+                continue
+            if not chosen[self.options["what"]]:
                 continue
             key = f"{place}.{name}"
             if parameter.requires_grad:
@@ -57,28 +67,30 @@ class Tuning(Adapter):
             self._original[key] = parameter.detach().clone()
             parameter.requires_grad_(True)
 
+    def _live(self) -> dict[str, torch.Tensor]:
+        buffers = {name: getattr(*place) for name, place in self._statistics.items()}
+        return {name: p.data for name, p in self._tuned.items()} | buffers
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Trained values by name, whether enabled or not."""
-        return {name: self._parked.get(name, p.detach()) for name, p in self._tuned.items()}
+        return self._live() | self._parked
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take values that :meth:`tensors` gave."""
-        for name, parameter in self._tuned.items():
-            target = self._parked[name] if name in self._parked else parameter.data
+        for name, target in self.tensors().items():
             target.copy_(tensors[name])
 
     def set_enabled(self, enabled: bool) -> None:  # noqa: D102
         if enabled == self.enabled:
             return
-        for name, parameter in self._tuned.items():
-            if enabled:
-                parameter.data.copy_(self._parked[name])
-            else:
-                self._parked[name] = parameter.detach().clone()
-                parameter.data.copy_(self._original[name])
-            parameter.requires_grad_(enabled)
+        for name, value in self._live().items():
+            if not enabled:
+                self._parked[name] = value.clone()
+            value.copy_(self._parked[name] if enabled else self._original[name])
         if enabled:
             self._parked.clear()
+        for parameter in self._tuned.values():
+            parameter.requires_grad_(enabled)
         super().set_enabled(enabled)
 
     def detach(self) -> None:  # noqa: D102
