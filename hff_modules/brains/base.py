@@ -1,0 +1,330 @@
+"""What every task shares: optimizers per part, distribution, checkpoints, measuring, results."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import speechbrain as sb
+import torch
+from speechbrain.utils.distributed import if_main_process, is_distributed_initialized
+from speechbrain.utils.logger import get_logger
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from hff_modules.checkpoint import (
+    RandomState,
+    Several,
+    Trained,
+    load_state,
+    load_trained,
+    save_state,
+    save_trained,
+)
+from hff_modules.data.loading import SAMPLE_RATE
+from hff_modules.measure import Meter, count_parameters, table, versions, write_results
+
+logger = get_logger(__name__)
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+
+
+def trainable_parts(modules: Mapping[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
+    """Sort what is trained into parts, each to get an optimizer with its own learning rate.
+
+    Arguments
+    ---------
+    modules : Mapping[str, torch.nn.Module]
+        Modules by name; the one called ``encoder`` is split into ``adapters`` (what was attached to
+        it), ``norms`` and ``encoder`` (the rest).
+
+    Returns
+    -------
+    dict[str, list[torch.nn.Parameter]]
+        Only parts with something to train.
+
+    Example
+    -------
+    >>> encoder = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)).requires_grad_(False)
+    >>> _ = encoder[1].requires_grad_(True)
+    >>> list(trainable_parts({"encoder": encoder, "head": nn.Linear(2, 2)}))
+    ['norms', 'head']
+    """
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, module in modules.items():
+        norms = [m for m in module.modules() if isinstance(m, NORMS)] if name == "encoder" else []
+        in_norms = {id(p) for norm in norms for p in norm.parameters()}
+        for path, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            part = name
+            if name == "encoder" and path.startswith("adapters."):
+                part = "adapters"
+            elif id(parameter) in in_norms:
+                part = "norms"
+            parts.setdefault(part, []).append(parameter)
+    return parts
+
+
+class SSLBrain(sb.Brain):
+    """A Brain for a (mostly) frozen encoder, a fusion and a head.
+
+    A task adds ``compute_forward``, ``compute_objectives`` and ``scores``.
+
+    Arguments
+    ---------
+    modules : Mapping[str, torch.nn.Module]
+        ``encoder``, ``fusion``, ``head`` and whatever else the task needs.
+    hparams : dict[str, Any]
+        As in ``hparams/base``.
+    run_opts : speechbrain.utils.run_opts.RunOptions | dict, optional
+    checkpointer : hff_modules.checkpoint.TrainedCheckpointer, optional
+    task : Mapping[str, Any], optional
+        What a checkpoint depends on besides encoder, method and shapes, for its manifest.
+    """
+
+    def __init__(self, modules, hparams, run_opts=None, checkpointer=None, task=None):
+        hparams = dict(hparams)
+        if run_opts is not None and run_opts.get("ckpt_interval_steps"):
+            hparams["ckpt_interval_minutes"] = 0  # SpeechBrain refuses to have both
+        self.parts = dict(modules)  # as they are; self.modules may be wrapped for distribution
+        self.encoder, self.horizon = modules["encoder"], modules["encoder"].horizon
+        super().__init__(
+            modules=modules, hparams=hparams, run_opts=run_opts, checkpointer=checkpointer
+        )
+        self.meter = Meter(self.device)
+        self.total_steps = None
+        self.trained = Trained(self.parts, self._manifest(task or {}))
+        if checkpointer is not None:
+            checkpointer.add_recoverable("trained", self.trained, load_trained, save_trained)
+            checkpointer.add_recoverable("meter", self.meter, load_state, save_state)
+            checkpointer.add_recoverable("counter", self.hparams.epoch_counter)
+            if "scaler" in checkpointer.recoverables:  # else a pickle
+                checkpointer.custom_save_hooks["scaler"] = save_state
+                checkpointer.custom_load_hooks["scaler"] = load_state
+
+    def _manifest(self, task: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "method": self.hparams.method,
+            "encoder": self.encoder.manifest(),
+            "horizon": self.horizon,
+            "fusion": type(self.parts["fusion"]).__name__,
+            "head": type(self.parts["head"]).__name__,
+            "task": dict(task),
+            "versions": versions(),
+        }
+
+    # What a task is made of
+
+    def states(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Selected states (num_states, batch, frames, width) and valid frames (batch,)."""
+        wavs, wav_lens = batch.signal
+        return self.modules.encoder(wavs, wav_lens)
+
+    def features(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fused features (batch, frames, width), masked in training, and valid frames (batch,)."""
+        states, lengths = self.states(batch)
+        features = self.modules.fusion(states, lengths)
+        return self.modules.masking(features, lengths), lengths
+
+    def scores(self, stage: sb.Stage) -> dict[str, float]:
+        """Scores of the stage that just ended, by name. To be given by the task."""
+        raise NotImplementedError
+
+    def mean_loss(self, total: torch.Tensor, count: int, stage: sb.Stage) -> torch.Tensor:
+        """Divide a sum by how many things it is about, in the batches of all processes together.
+
+        DDP averages gradients over processes; dividing each process's sum by its own count would
+        weigh a short batch like a long one. So two processes train as one with both batches.
+        """
+        if stage != sb.Stage.TRAIN or not is_distributed_initialized():
+            return total / max(count, 1)
+        everywhere = torch.tensor(float(count), device=total.device)
+        torch.distributed.all_reduce(everywhere)
+        return total * torch.distributed.get_world_size() / everywhere.clamp(min=1)
+
+    # Training
+
+    def fit(self, epoch_counter, train_set, valid_set=None, **kwargs) -> None:
+        """Train; see ``speechbrain.Brain.fit``. ``train_set`` is a DataLoader here."""
+        if not isinstance(train_set, DataLoader):
+            raise TypeError(
+                f"fit: expected a DataLoader as train_set, got {type(train_set).__name__}"
+            )
+        per_epoch = max(len(train_set) // self.grad_accumulation_factor, 1)
+        self.total_steps = per_epoch * epoch_counter.limit
+        super().fit(epoch_counter, train_set, valid_set, **kwargs)
+
+    def _wrap_distributed(self) -> None:
+        # SpeechBrain wraps a module if anything in it is trained. The frozen trunk stays outside.
+        for module in self.modules.values():
+            if self.distributed_launch and any(p.requires_grad for p in module.parameters()):
+                learning = set(Trained({"m": module}, {}).tensors())
+                names = [n for n, _ in module.named_parameters()]
+                names += [n for n, _ in module.named_buffers()]
+                frozen = [n for n in names if f"m.{n}" not in learning]
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
+        super()._wrap_distributed()
+
+    def init_optimizers(self) -> None:
+        """Make one optimizer and one schedule per part.
+
+        One optimizer each, because SpeechBrain clips the gradients of the first group only.
+        """
+        self.optimizers_dict, self.schedules = {}, {}
+        for part, parameters in trainable_parts(self.parts).items():
+            lr = self.hparams.learning_rates.get(part)
+            if lr is None:
+                known = ", ".join(self.hparams.learning_rates)
+                raise ValueError(
+                    f"learning_rates has no {part!r}, which is trained; it has {known}"
+                )
+            self.optimizers_dict[part] = self.hparams.optimizer(parameters, lr=lr)
+            schedule = self.hparams.schedule(
+                lr=lr,
+                n_warmup_steps=int(self.hparams.warmup * self.total_steps),
+                total_steps=self.total_steps,
+            )
+            schedule.current_step = 1  # at 0 the rate is 0: the first step would be lost
+            self.schedules[part] = schedule
+        if self.checkpointer is not None:
+            for name, thing in (
+                ("optimizers", Several(self.optimizers_dict)),
+                ("schedules", Several(self.schedules)),
+                ("rng", RandomState()),
+            ):
+                self.checkpointer.add_recoverable(name, thing, load_state, save_state)
+
+    def on_stage_start(self, stage, epoch=None) -> None:
+        """Start the clock."""
+        if stage == sb.Stage.TRAIN:
+            self.meter.reset_peak()
+            self._clock = time.perf_counter()
+
+    def on_fit_batch_start(self, batch, should_step) -> None:
+        """Set the learning rates of this step."""
+        if should_step:
+            for part, schedule in self.schedules.items():
+                schedule(self.optimizers_dict[part])
+
+    def fit_batch(self, batch) -> torch.Tensor:
+        """Train on one batch; gives the loss over the batches of all processes."""
+        self.meter.synchronize()
+        start = time.perf_counter()
+        loss = super().fit_batch(batch)
+        self.meter.synchronize()
+        now = time.perf_counter()
+        signal = batch.signal
+        seconds = float((signal.lengths * signal.data.shape[1]).sum()) / SAMPLE_RATE
+        both = torch.tensor([float(loss), seconds], dtype=torch.float64)
+        if is_distributed_initialized():
+            both = both.to(self.device)
+            torch.distributed.all_reduce(both)
+            both[0] /= torch.distributed.get_world_size()
+        loss, seconds = both[0].cpu(), float(both[1])
+        self.meter.add_step(now - start, seconds)
+        self.meter.train_seconds += now - self._clock
+        self._clock = now
+        self._log_step(float(loss))
+        return loss
+
+    def _log_step(self, loss: float) -> None:
+        if self.hparams.tensorboard is not None and if_main_process():
+            writer = self.hparams.tensorboard.writer
+            writer.add_scalar("loss/train step", loss, self.optimizer_step)
+            for part, optimizer in self.optimizers_dict.items():
+                lr = optimizer.param_groups[0]["lr"]
+                writer.add_scalar(f"learning rate/{part}", lr, self.optimizer_step)
+
+    def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt) -> bool:
+        # Between two updates there are accumulated gradients, which a checkpoint does not hold.
+        complete = self.step % self.grad_accumulation_factor == 0
+        return complete and super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
+
+    def on_stage_end(self, stage, stage_loss, epoch=None) -> None:
+        """Log; after dev also decide about stopping and save."""
+        if stage == sb.Stage.TRAIN:
+            self.meter.read_peak()
+            self.meter.train_seconds += time.perf_counter() - self._clock
+            self.meter.epochs = epoch
+            self.train_loss = stage_loss
+            return
+        scores = self.scores(stage)
+        if stage == sb.Stage.TEST:
+            self.test_scores = scores
+            return
+        self._log_epoch(epoch, scores)
+        chosen_by = self.hparams.select_by
+        if chosen_by not in scores:
+            raise ValueError(f"select_by: {chosen_by!r} is no score; there are {', '.join(scores)}")
+        self.hparams.epoch_counter.update_metric(scores[chosen_by])
+        if self.checkpointer is not None:
+            self.checkpointer.save_and_keep_only(
+                meta={"epoch": epoch, **scores}, min_keys=[chosen_by], importance_keys=[]
+            )
+
+    def _log_epoch(self, epoch: int, scores: dict[str, float]) -> None:
+        rates = {f"lr {k}": o.param_groups[0]["lr"] for k, o in self.optimizers_dict.items()}
+        self.hparams.train_logger.log_stats(
+            {"epoch": epoch, **rates}, train_stats={"loss": self.train_loss}, valid_stats=scores
+        )
+        if self.hparams.tensorboard is not None and if_main_process():
+            writer = self.hparams.tensorboard.writer
+            writer.add_scalar("loss/train", self.train_loss, epoch)
+            for name, value in scores.items():
+                writer.add_scalar(f"{name}/dev", value, epoch)
+            writer.flush()
+
+    # Testing and results
+
+    def on_evaluate_start(self, max_key=None, min_key=None) -> None:
+        """Load what was trained from the best checkpoint; nothing else of the run is rewound."""
+        if self.checkpointer is None:
+            return
+        best = self.checkpointer.find_checkpoint(max_key=max_key, min_key=min_key)
+        if best is None:
+            if self.test_only:
+                raise FileNotFoundError(
+                    f"--test_only: there is no checkpoint in {self.checkpointer.checkpoints_dir}"
+                )
+            return
+        self.trained.load(best.paramfiles["trained"])
+        if self.test_only:
+            latest = self.checkpointer.find_checkpoint()
+            load_state(self.meter, latest.paramfiles["meter"], True)
+
+    def test(self, test_sets: Mapping[str, DataLoader]) -> dict[str, dict[str, float]]:
+        """Score the best checkpoint on each test set, by name."""
+        results = {}
+        for name, loader in test_sets.items():
+            self.test_set = name
+            self.evaluate(loader, min_key=self.hparams.select_by)
+            results[name] = self.test_scores
+            logger.info(f"test {name}: {self.test_scores}")
+        return results
+
+    def results(self, test: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """Everything that ``results.json`` holds."""
+        return {
+            "method": self.hparams.method,
+            "encoder": self.encoder.source,
+            "layers": list(self.encoder.layers),
+            "horizon": self.horizon,
+            **count_parameters(self.parts),
+            **self.meter.summary(),
+            "epochs": self.meter.epochs,
+            "seed": self.hparams.seed,
+            "test": {name: dict(scores) for name, scores in test.items()},
+            "versions": versions(),
+        }
+
+    def report(self, test: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """Write ``results.json``, print the short table; gives the results."""
+        results = self.results(test)
+        if if_main_process():
+            path = Path(self.hparams.output_folder) / "results.json"
+            write_results(path, results)
+            print(f"\n{table(results, self.encoder.untrained)}\n  results in {path}\n")
+        return results

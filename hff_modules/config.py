@@ -1,0 +1,154 @@
+"""One run from three sources: base file(s) <- method file <- command line.
+
+HyperPyYAML's ``!include`` nests and cannot merge, so a file may name another one that it refines::
+
+    extends: base/ctc.yaml       # a file beside this one, or else in the project's hparams
+
+Top-level keys of the refining file replace those of the file that it extends. The merge happens
+before HyperPyYAML resolves ``!ref``, ``!new`` and the like, so all of them see the final values.
+"""
+
+import difflib
+import io
+from pathlib import Path
+from typing import Any
+
+import ruamel.yaml
+import speechbrain as sb
+from hyperpyyaml import load_hyperpyyaml
+from hyperpyyaml.core import recursive_update
+
+METHODS = Path(__file__).resolve().parent.parent / "hparams"  # one file per method, for all recipes
+
+
+def load_config(argv: list[str], base: str | Path) -> tuple[dict[str, Any], Any]:
+    """Read the method file that the command line names on top of a base file, and build all of it.
+
+    Arguments
+    ---------
+    argv : list[str]
+        What follows the script's name: a method file, SpeechBrain's run options, ``--key value``.
+        The method file is looked for as given, then beside the recipe, then in the project's
+        ``hparams``.
+    base : str | Path
+        The recipe's own file: dataset, and by ``extends:`` the task.
+
+    Returns
+    -------
+    hparams : dict[str, Any]
+        What :func:`hyperpyyaml.load_hyperpyyaml` builds; ``hparams["config"]`` is the merged text.
+    run_opts : speechbrain.utils.run_opts.RunOptions
+
+    Raises
+    ------
+    FileNotFoundError
+        No such method file, or nothing where ``extends:`` points to; names what there is.
+    ValueError
+        Files that extend each other in a circle.
+    KeyError
+        A key on the command line that no file has.
+    """
+    method, run_opts, overrides = sb.parse_arguments(argv)
+    # Before anything is built: loggers and the like ask at once which process they are in.
+    sb.utils.distributed.ddp_init_group(run_opts)
+    merged = merge_files(Path(base))
+    merged.update(merge_files(_find(method, beside=Path(base).resolve().parent)))
+    _override(merged, overrides)
+    text = _dump(merged)
+    hparams = load_hyperpyyaml(text)
+    hparams["config"] = text
+    return hparams, run_opts
+
+
+def merge_files(path: Path, seen: tuple[Path, ...] = ()) -> ruamel.yaml.CommentedMap:
+    """Read a YAML file and everything that it extends; its own keys win.
+
+    Arguments
+    ---------
+    path : Path
+        File in HyperPyYAML syntax.
+    seen : tuple[Path, ...]
+        Files that led here, to notice circles.
+
+    Returns
+    -------
+    ruamel.yaml.CommentedMap
+        Top-level keys with their nodes; tags such as ``!new:`` and ``!ref`` are kept as they are.
+    """
+    path = path.resolve()
+    if path in seen:
+        chain = " -> ".join(str(p) for p in (*seen, path))
+        raise ValueError(f"`extends:` goes in a circle: {chain}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file {path}{_available(path.parent)}")
+    own = ruamel.yaml.YAML().load(path.read_text(encoding="utf-8"))
+    if own is None:
+        own = ruamel.yaml.CommentedMap()
+    if not isinstance(own, dict):
+        raise ValueError(f"{path}: expected `key: value` lines, found {type(own).__name__}")
+    parent = own.pop("extends", None)
+    if parent is None:
+        return own
+    merged = merge_files(_parent(path, str(parent)), (*seen, path))
+    merged.update(own)
+    return merged
+
+
+def _parent(path: Path, name: str) -> Path:
+    if not name.endswith((".yaml", ".yml")):
+        name += ".yaml"
+    beside = (path.parent / name).resolve()
+    shared = METHODS / name
+    # A recipe's fusion.yaml that `extends: fusion` means the project's method, not itself.
+    if beside != path and beside.is_file():
+        return beside
+    if shared.is_file() and shared != path:
+        return shared
+    if beside == path:
+        raise ValueError(f"{path} extends itself, and {METHODS} has no {shared.name}")
+    raise FileNotFoundError(f"{path} extends {name}: no file {beside}{_available(METHODS)}")
+
+
+def _find(method: str, beside: Path) -> Path:
+    name = method if method.endswith((".yaml", ".yml")) else method + ".yaml"
+    for path in (Path(name), beside / Path(name).name, METHODS / Path(name).name):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"no method file {method}{_available(METHODS)}")
+
+
+def _available(folder: Path) -> str:
+    files = sorted(p.name for p in folder.glob("*.y*ml")) if folder.is_dir() else []
+    return f"; in {folder} there are: {', '.join(files)}" if files else ""
+
+
+def _override(merged: ruamel.yaml.CommentedMap, overrides: str) -> None:
+    changes: dict[str, Any] = {}
+    for line in overrides.splitlines():  # one for each key; of a key that comes twice, the last
+        change = ruamel.yaml.YAML().load(line)
+        if not isinstance(change, dict):
+            raise ValueError(f"expected `--key value` after the method file, got {line!r}")
+        changes.update(change)
+    for key in changes:
+        if key not in merged:
+            near = difflib.get_close_matches(str(key), list(merged), n=1)
+            hint = f" Did you mean --{near[0]}?" if near else ""
+            keys = ", ".join(k for k in merged if not k.startswith("__"))
+            raise KeyError(f"--{key}: there is no such key.{hint} There are: {keys}")
+    for key, value in changes.items():
+        nested = isinstance(merged[key], dict) and isinstance(value, dict)
+        if nested and not _tag(value):
+            recursive_update(merged[key], value)
+        else:
+            merged[key] = value
+
+
+def _tag(node: Any) -> str:
+    tag = getattr(node, "tag", None)
+    return getattr(tag, "value", None) or ""
+
+
+def _dump(merged: ruamel.yaml.CommentedMap) -> str:
+    stream = io.StringIO()
+    ruamel.yaml.YAML().dump(merged, stream)
+    return stream.getvalue()

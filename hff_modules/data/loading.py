@@ -1,0 +1,171 @@
+"""From manifests to batches: targets, dynamic batching, no utterance that CTC cannot align."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from speechbrain.dataio.dataset import DynamicItemDataset, FilteredSortedDynamicItemDataset
+from speechbrain.dataio.sampler import DynamicBatchSampler
+from speechbrain.utils.logger import get_logger
+
+from hff_modules.data.audio import read_audio
+from hff_modules.data.manifest import read_rows
+from hff_modules.data.text import Units
+
+logger = get_logger(__name__)
+
+SAMPLE_RATE = 16000
+
+
+def read_speech(csvs: Iterable[str | Path], data_root: str | Path) -> DynamicItemDataset:
+    """Read manifests, one after the other, as one set of transcribed utterances.
+
+    Arguments
+    ---------
+    csvs : Iterable[str | Path]
+        Manifests as :mod:`hff_modules.data.manifest` writes them.
+    data_root : str | Path
+        What ``$data_root`` stands for in them.
+
+    Returns
+    -------
+    DynamicItemDataset
+    """
+    rows: dict[str, dict] = {}
+    for csv in csvs:
+        more = read_rows(csv, data_root)
+        twice = rows.keys() & more.keys()
+        if twice:
+            raise ValueError(f"{csv}: {len(twice)} IDs are in another split too: {min(twice)!r}")
+        rows.update(more)
+    return DynamicItemDataset(rows)
+
+
+def transcripts(dataset: DynamicItemDataset) -> list[str]:
+    """Transcripts of all utterances."""
+    return [dataset.data[name]["wrd"] for name in dataset.data_ids]
+
+
+def add_ctc_items(dataset: DynamicItemDataset, units: Units, minimum_samples: int = 0) -> None:
+    """Let a dataset give ``id``, ``signal`` (samples,), ``targets`` (units,) and ``wrd``.
+
+    Arguments
+    ---------
+    dataset : DynamicItemDataset
+        With ``wav`` (a path) and ``wrd``.
+    units : CharUnits | SentencePieceUnits
+    minimum_samples : int
+        Shorter signals are filled up with silence, so that the encoder gives a frame for them.
+    """
+
+    def signal(wav: str) -> torch.Tensor:
+        samples = read_audio(wav, SAMPLE_RATE)
+        missing = minimum_samples - len(samples)
+        return torch.nn.functional.pad(samples, (0, missing)) if missing > 0 else samples
+
+    def targets(wrd: str) -> torch.Tensor:
+        return torch.tensor(units.encode(wrd), dtype=torch.long)
+
+    dataset.add_dynamic_item(signal, takes="wav", provides="signal")
+    dataset.add_dynamic_item(targets, takes="wrd", provides="targets")
+    dataset.set_output_keys(["id", "signal", "targets", "wrd"])
+
+
+def needed_frames(targets: list[int]) -> int:
+    """Frames that CTC needs: one for each target, and a blank between equal neighbours.
+
+    Example
+    -------
+    >>> needed_frames([3, 5, 5, 5, 4])
+    7
+    """
+    repeats = sum(a == b for a, b in zip(targets, targets[1:], strict=False))
+    return len(targets) + repeats
+
+
+def drop_unalignable(
+    dataset: DynamicItemDataset,
+    units: Units,
+    count_frames: Callable[[torch.Tensor], torch.Tensor],
+) -> FilteredSortedDynamicItemDataset:
+    """Leave out, by name, training utterances with fewer frames than CTC needs, or without targets.
+
+    Arguments
+    ---------
+    dataset : DynamicItemDataset
+    units : CharUnits | SentencePieceUnits
+    count_frames : Callable
+        Frames of the encoder for numbers of samples, ``encoder.count_frames``.
+
+    Returns
+    -------
+    FilteredSortedDynamicItemDataset
+        The rest, in the same order.
+
+    Raises
+    ------
+    ValueError
+        Nothing remains.
+    """
+    names = dataset.data_ids
+    samples = [round(dataset.data[name]["duration"] * SAMPLE_RATE) for name in names]
+    frames = count_frames(torch.tensor(samples)).tolist()
+    kept, dropped = [], []
+    for name, available in zip(names, frames, strict=True):
+        needed = needed_frames(units.encode(dataset.data[name]["wrd"]))
+        if needed == 0:
+            dropped.append(f"{name} (no targets)")
+        elif needed > available:
+            dropped.append(f"{name} ({max(available, 0)} frames, {needed} needed)")
+        else:
+            kept.append(name)
+    if dropped:
+        logger.warning(
+            f"{len(dropped)} of {len(names)} training utterances are too short for their CTC "
+            f"targets and left out: {', '.join(dropped)}"
+        )
+    if not kept:
+        raise ValueError(
+            f"none of {len(names)} training utterances has enough frames for its CTC targets; "
+            f"the first: {dropped[0]}"
+        )
+    return FilteredSortedDynamicItemDataset(dataset, kept)
+
+
+def batches_by_length(
+    dataset: DynamicItemDataset,
+    batch_seconds: float,
+    num_buckets: int,
+    max_batch_size: int | None = None,
+    seed: int = 0,
+    shuffle: bool = True,
+) -> DynamicBatchSampler:
+    """Batches of about equally long utterances (SpeechBrain's ``DynamicBatchSampler``).
+
+    Arguments
+    ---------
+    dataset : DynamicItemDataset
+        With a ``duration`` in seconds for each utterance.
+    batch_seconds : float
+        Upper limit of a batch, padding included, in seconds; a longer utterance goes alone.
+    num_buckets : int
+        Groups of similar length: more of them, less padding and less shuffling.
+    max_batch_size : int, optional
+        Upper limit of a batch in utterances.
+    seed : int
+    shuffle : bool
+        Otherwise longest first.
+
+    Returns
+    -------
+    DynamicBatchSampler
+    """
+    return DynamicBatchSampler(
+        dataset,
+        max_batch_length=batch_seconds,
+        num_buckets=num_buckets,
+        max_batch_ex=max_batch_size,
+        shuffle=shuffle,
+        batch_ordering="random" if shuffle else "descending",
+        seed=seed,
+    )

@@ -1,0 +1,147 @@
+"""CTC heads: fused features -> one score per unit and frame.
+
+All are called as ``head(features, lengths)`` and none lets padding change a valid frame.
+Linear and DNN heads follow SpeechBrain's CTC recipes, the BLSTM head SUPERB (arXiv 2105.01051).
+"""
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+
+class LinearHead(nn.Module):
+    """Dropout and one linear layer.
+
+    Arguments
+    ---------
+    input_size : int
+        Width of the features.
+    num_units : int
+        Units to score, the blank included.
+    dropout : float
+
+    Example
+    -------
+    >>> LinearHead(8, 30)(torch.zeros(2, 5, 8), torch.tensor([5, 3])).shape
+    torch.Size([2, 5, 30])
+    """
+
+    def __init__(self, input_size: int, num_units: int, dropout: float = 0.0):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(input_size, num_units)
+
+    def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Score units.
+
+        Arguments
+        ---------
+        features : torch.Tensor
+            (batch, frames, input_size).
+        lengths : torch.Tensor
+            (batch,), valid frames of each utterance.
+
+        Returns
+        -------
+        torch.Tensor
+            Logits, (batch, frames, num_units).
+        """
+        return self.output(self.dropout(features))
+
+
+class DNNHead(nn.Module):
+    """Feed-forward layers, then a linear one. LayerNorm, since BatchNorm would count the padding.
+
+    Arguments
+    ---------
+    input_size : int
+        Width of the features.
+    num_units : int
+        Units to score, the blank included.
+    hidden_size : int
+    num_layers : int
+        Hidden layers.
+    dropout : float
+
+    Example
+    -------
+    >>> DNNHead(8, 30, hidden_size=16)(torch.zeros(2, 5, 8), torch.tensor([5, 3])).shape
+    torch.Size([2, 5, 30])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        num_units: int,
+        hidden_size: int = 512,
+        num_layers: int = 2,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        blocks = []
+        for _ in range(num_layers):
+            blocks += [
+                nn.Linear(input_size, hidden_size),
+                nn.LayerNorm(hidden_size),
+                nn.LeakyReLU(),
+                nn.Dropout(dropout),
+            ]
+            input_size = hidden_size
+        self.hidden = nn.Sequential(*blocks)
+        self.output = nn.Linear(input_size, num_units)
+
+    def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Score units; arguments and result as for :class:`LinearHead`."""
+        return self.output(self.hidden(features))
+
+
+class BLSTMHead(nn.Module):
+    """Bidirectional LSTM, packed by length: the backward pass starts at the last valid frame.
+
+    Arguments
+    ---------
+    input_size : int
+        Width of the features.
+    num_units : int
+        Units to score, the blank included.
+    hidden_size : int
+        Per direction.
+    num_layers : int
+    dropout : float
+        Between layers and before the output.
+
+    Example
+    -------
+    >>> BLSTMHead(8, 30, hidden_size=16)(torch.zeros(2, 5, 8), torch.tensor([5, 3])).shape
+    torch.Size([2, 5, 30])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        num_units: int,
+        hidden_size: int = 256,
+        num_layers: int = 1,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        self.lstm = nn.LSTM(
+            input_size,
+            hidden_size,
+            num_layers,
+            batch_first=True,
+            bidirectional=True,
+            dropout=dropout if num_layers > 1 else 0.0,
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(2 * hidden_size, num_units)
+
+    def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Score units; arguments and result as for :class:`LinearHead`."""
+        # A packed sequence cannot be empty; the one frame that this adds is padding to everyone.
+        packed = pack_padded_sequence(
+            features, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False
+        )
+        hidden, _ = self.lstm(packed)
+        hidden, _ = pad_packed_sequence(hidden, batch_first=True, total_length=features.shape[1])
+        return self.output(self.dropout(hidden))

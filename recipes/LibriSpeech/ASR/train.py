@@ -1,0 +1,43 @@
+"""CTC speech recognition on LibriSpeech with any method of the project.
+
+python train.py hparams/fusion.yaml --data_folder /data/LibriSpeech [--key value ...]
+torchrun --nproc_per_node=4 train.py hparams/fusion.yaml --data_folder /data/LibriSpeech
+"""
+
+import sys
+from pathlib import Path
+
+import speechbrain as sb
+from librispeech_prepare import prepare_librispeech
+from speechbrain.utils.distributed import run_on_main
+
+from hff_modules.brains import train_ctc
+from hff_modules.config import load_config
+
+BASE = Path(__file__).parent / "hparams" / "librispeech.yaml"
+
+
+def main(argv: list[str]) -> dict:
+    """Run one job; gives what ``results.json`` holds."""
+    hparams, run_opts = load_config(argv, BASE)
+    sb.create_experiment_directory(hparams["output_folder"])
+    train, dev, test = (hparams[f"{part}_splits"] for part in ("train", "dev", "test"))
+    options = {
+        "data_folder": hparams["data_folder"],
+        "save_folder": Path(hparams["output_folder"]) / "manifests",
+        "splits": [*train, *dev, *test],
+        "max_hours": hparams["max_hours"],
+    }
+    manifests = run_on_main(prepare_librispeech, kwargs=options)
+    return train_ctc(
+        hparams,
+        run_opts,
+        data_root=hparams["data_folder"],
+        train=[manifests[split] for split in train],
+        dev=[manifests[split] for split in dev],
+        test={split: manifests[split] for split in test},
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

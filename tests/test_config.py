@@ -1,0 +1,109 @@
+import pytest
+
+from hff_modules import config
+from hff_modules.config import METHODS, load_config, merge_files
+
+
+@pytest.fixture
+def files(tmp_path):
+    def write(**texts):
+        for name, text in texts.items():
+            (tmp_path / f"{name}.yaml").write_text(text)
+        return tmp_path
+
+    return write
+
+
+def test_command_line_wins_over_method_over_base_over_what_it_extends(files):
+    folder = files(
+        task="one: task\ntwo: task\nthree: task\nfour: task\n",
+        base="extends: task.yaml\ntwo: base\nthree: base\nfour: base\n",
+        method="three: method\nfour: method\n",
+    )
+    hparams, _ = load_config([str(folder / "method.yaml"), "--four", "line"], folder / "base.yaml")
+    del hparams["config"]
+    assert hparams == {"one": "task", "two": "base", "three": "method", "four": "line"}
+
+
+def test_references_and_objects_see_the_merged_values(files):
+    folder = files(
+        base="size: 1\nthing: !new:collections.Counter\n    n: !ref <size>\nname: !ref m/<size>\n",
+        method="maker: !name:collections.Counter\nsize: 2\n",
+    )
+    argv = [str(folder / "method.yaml"), "--size", "7", "--thing", "{m: 5}"]
+    hparams, _ = load_config(argv, folder / "base.yaml")
+    assert hparams["thing"] == {"n": 7, "m": 5}
+    assert hparams["name"] == "m/7"
+    assert hparams["maker"]("aab") == {"a": 2, "b": 1}
+    assert "size: 7" in hparams["config"] and "!ref <size>" in hparams["config"]
+
+
+def test_a_whole_object_can_be_replaced_on_the_command_line(files):
+    folder = files(base="thing: !new:collections.Counter\n    n: 1\n", method="m: 0\n")
+    argv = [str(folder / "method.yaml"), "--thing", "!name:collections.OrderedDict"]
+    hparams, _ = load_config(argv, folder / "base.yaml")
+    assert hparams["thing"]() == {}
+
+
+def test_of_a_key_given_twice_the_last_counts(files):
+    folder = files(base="size: 1\n", method="other: 0\n")
+    argv = [str(folder / "method.yaml"), "--size", "2", "--size=3"]
+    assert load_config(argv, folder / "base.yaml")[0]["size"] == 3
+
+
+def test_run_options_of_speechbrain_are_not_taken_for_keys(files):
+    folder = files(base="a: 1\n", method="b: 2\n")
+    argv = [str(folder / "method.yaml"), "--device", "cpu", "--precision", "bf16"]
+    hparams, run_opts = load_config(argv, folder / "base.yaml")
+    assert run_opts["device"] == "cpu" and run_opts["precision"] == "bf16"
+    assert "device" not in hparams
+
+
+def test_unknown_key_is_refused_with_the_nearest_one(files):
+    folder = files(base="learning_rate: 1\nseed: 2\n", method="m: 0\n")
+    with pytest.raises(KeyError, match="--lerning_rate.*mean --learning_rate.*seed"):
+        load_config([str(folder / "method.yaml"), "--lerning_rate", "3"], folder / "base.yaml")
+
+
+def test_unknown_method_is_refused_with_those_there_are(files):
+    folder = files(base="a: 1\n")
+    with pytest.raises(
+        FileNotFoundError, match="hparams/fuson.yaml.*fusion.yaml.*weighted_sum.yaml"
+    ):
+        load_config(["hparams/fuson.yaml"], folder / "base.yaml")
+
+
+def test_extending_what_is_not_there_names_both_files(files):
+    folder = files(base="extends: nowhere.yaml\n")
+    with pytest.raises(FileNotFoundError, match="base.yaml extends nowhere.yaml"):
+        merge_files(folder / "base.yaml")
+
+
+def test_a_circle_of_extends_is_refused(files):
+    folder = files(a="extends: b.yaml\n", b="extends: a.yaml\n")
+    with pytest.raises(ValueError, match="circle.*a.yaml -> .*b.yaml -> .*a.yaml"):
+        merge_files(folder / "a.yaml")
+
+
+def test_the_same_key_twice_in_a_file_is_refused(files):
+    with pytest.raises(Exception, match="duplicate key"):
+        merge_files(files(a="x: 1\nx: 2\n") / "a.yaml")
+
+
+def test_a_recipe_without_a_method_of_its_own_uses_the_projects(files, monkeypatch):
+    folder = files(base="layers: all\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(config, "load_hyperpyyaml", lambda text: {"text": text})
+    hparams, _ = load_config(["hparams/fusion.yaml"], folder / "base.yaml")
+    assert "layers: every:3" in hparams["text"]
+
+
+def test_a_recipe_may_refine_the_projects_method_of_the_same_name(files):
+    folder = files(fusion="extends: fusion\nlr_fusion: 0.5\n")
+    merged = merge_files(folder / "fusion.yaml")
+    assert merged["method"] == "fusion" and merged["lr_fusion"] == 0.5
+
+
+@pytest.mark.parametrize("path", sorted(METHODS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_method_file_is_called_what_it_is(path):
+    assert merge_files(path)["method"] == path.stem

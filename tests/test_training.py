@@ -1,0 +1,360 @@
+import json
+import math
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from hff_modules.brains import CTCBrain, train_ctc
+from hff_modules.checkpoint import CheckpointError
+from hff_modules.config import METHODS, load_config
+from hff_modules.data import CharUnits
+from hff_modules.data.loading import drop_unalignable, needed_frames, read_speech
+from hff_modules.data.manifest import write_manifest
+from hff_modules.heads import BLSTMHead, DNNHead, LinearHead
+from hff_modules.masking import FeatureMasking
+
+ROOT = Path(__file__).parent.parent
+WORDS = ["AB", "BA", "CAB", "AB CA", "B", "ABBA", "CC A", "BAC"]
+
+
+def make_speech(folder: Path, count: int) -> dict[str, Path]:
+    """Tones instead of speech: one for each letter."""
+    generator = torch.Generator().manual_seed(count)
+    rows = []
+    for number in range(count):
+        text = WORDS[number % len(WORDS)]
+        letters = [torch.sin(torch.arange(2400) * (0.1 * ord(letter) % 3)) for letter in text]
+        wav = 0.1 * torch.cat(letters)
+        wav = wav + 0.01 * torch.randn(len(wav), generator=generator)
+        name = f"u{number}"
+        soundfile.write(folder / f"{name}.wav", wav.numpy(), 16000)
+        rows.append(
+            {
+                "ID": name,
+                "duration": len(wav) / 16000,
+                "wav": f"$data_root/{name}.wav",
+                "spk_id": "s",
+                "wrd": text,
+            }
+        )
+    write_manifest(folder / "train.csv", rows)
+    return {"train": folder / "train.csv"}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, encoder_folder):
+    """Run a job on tones with a tiny encoder; gives its results and its folder."""
+    data = {}
+
+    def run(folder, *options, method="fusion", count=12, brain_class=None):
+        if count not in data:
+            data[count] = tmp_path_factory.mktemp(f"tones{count}")
+            make_speech(data[count], count)
+        csv = data[count] / "train.csv"
+        hparams, run_opts = load_config(arguments(folder, encoder_folder, method, *options), base())
+        return train_ctc(hparams, run_opts, data[count], [csv], [csv], {"tones": csv})
+
+    base_file = tmp_path_factory.mktemp("base") / "tones.yaml"
+    base_file.write_text("extends: base/ctc.yaml\ndataset: tones\n")
+
+    def base():
+        return base_file
+
+    return run
+
+
+def arguments(folder, encoder, method, *options):
+    return [
+        f"hparams/{method}.yaml",
+        *("--encoder", encoder, "--output_folder", str(folder), "--tensorboard", "null"),
+        *("--number_of_epochs", "2", "--batch_seconds", "3", "--num_buckets", "2"),
+        *("--head", "!name:hff_modules.heads.LinearHead", "--device", "cpu", "--noprogressbar"),
+        *options,
+    ]
+
+
+def trained_tensors(folder):
+    """Trained tensors of the newest checkpoint."""
+    newest = max(Path(folder).glob("save/CKPT*"), key=lambda p: p.stat().st_mtime_ns)
+    return load_file(newest / "trained.safetensors")
+
+
+@pytest.mark.parametrize("method", sorted(p.stem for p in METHODS.glob("*.yaml")))
+def test_every_method_trains_tests_and_leaves_its_results(job, tmp_path, method):
+    options = ["--layers", "every:2"] if method in ("fusion", "concat") else []
+    results = job(tmp_path, "--number_of_epochs", "1", *options, method=method, count=2)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written == json.loads(json.dumps(results))
+    assert (
+        list(written)
+        == (
+            "method encoder layers horizon trainable_encoder_parameters trainable_parameters "
+            "total_parameters train_seconds step_seconds audio_seconds_per_second peak_memory_mb "
+            "epochs seed test versions"
+        ).split()
+    )
+    assert written["method"] == method and written["epochs"] == 1
+    assert written["test"]["tones"].keys() == {"loss", "wer", "cer"}
+    units = 4  # two utterances: A, B, the space and the blank
+    if method in ("last_layer", "weighted_sum"):
+        assert written["trainable_encoder_parameters"] == (5 if method == "weighted_sum" else 0)
+        head = 24 * units + units  # linear, from a width of 24
+        assert written["trainable_parameters"] - written["trainable_encoder_parameters"] == head
+    horizon = {"top_k": 1, "full_finetune": -1}.get(method, 4)
+    assert written["horizon"] == horizon
+    names = set(trained_tensors(tmp_path))
+    assert any(n.startswith("encoder.") for n in names) == (horizon < 4)
+
+
+def test_the_loss_falls(job, tmp_path):
+    options = ["--number_of_epochs", "12", "--lr_head", "0.02", "--lr_fusion", "0.02"]
+    job(tmp_path, *options, "--layers", "[2, 4]", "--patience", "12")
+    lines = (tmp_path / "train_log.txt").read_text().splitlines()
+    losses = [float(line.split("train loss: ")[1].split()[0]) for line in lines]
+    assert len(losses) == 12
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_training_that_was_killed_in_mid_epoch_ends_in_the_same_numbers(job, tmp_path, monkeypatch):
+    options = [
+        "--layers",
+        "[2, 4]",
+        "--adapters",
+        "{top_k: {layers: last:1}}",
+        "--ckpt_interval_steps",
+        "2",
+    ]
+    options += ["--lr_encoder", "0.01", "--head", "!name:hff_modules.heads.DNNHead"]
+    undisturbed = job(tmp_path / "whole", *options)
+
+    class Killed(Exception):
+        pass
+
+    fit_batch, calls = CTCBrain.fit_batch, []
+
+    def killed(brain, batch):
+        calls.append(brain.step)
+        if len(calls) == 9:
+            raise Killed
+        return fit_batch(brain, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CTCBrain, "fit_batch", killed)
+        with pytest.raises(Killed):
+            job(tmp_path / "killed", *options)
+    assert calls[-1] == 3, "the kill is meant to come in mid-epoch, after a checkpoint"
+    resumed = job(tmp_path / "killed", *options)
+    whole, again = trained_tensors(tmp_path / "whole"), trained_tensors(tmp_path / "killed")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert resumed["test"] == undisturbed["test"] and resumed["epochs"] == undisturbed["epochs"]
+    logs = [(tmp_path / f / "train_log.txt").read_text() for f in ("whole", "killed")]
+    assert logs[0] == logs[1]
+
+
+def test_a_finished_run_can_be_tested_again_without_training(job, tmp_path):
+    first = job(tmp_path, "--layers", "[2, 4]")
+    again = job(tmp_path, "--layers", "[2, 4]", "--test_only")
+    assert again == first
+
+
+def test_testing_without_a_checkpoint_is_refused(job, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint in {tmp_path}"):
+        job(tmp_path, "--layers", "[2, 4]", "--test_only")
+
+
+def test_going_on_in_the_folder_of_another_method_is_refused(job, tmp_path):
+    job(tmp_path, "--number_of_epochs", "1", "--layers", "[2, 4]")
+    with pytest.raises(CheckpointError, match="method: fusion in the checkpoint, concat now"):
+        job(tmp_path, "--layers", "[2, 4]", method="concat")
+
+
+def test_a_checkpoint_has_no_pickle_and_no_frozen_tensor(job, tmp_path):
+    job(tmp_path, "--number_of_epochs", "1", "--layers", "[2, 4]")
+    (folder,) = tmp_path.glob("save/CKPT*")
+    assert {p.name for p in folder.iterdir()} == {
+        *("CKPT.yaml", "manifest.json", "brain.ckpt", "counter.ckpt", "dataloader-TRAIN.ckpt"),
+        *(f"{n}.safetensors" for n in ("trained", "optimizers", "schedules", "rng", "meter")),
+    }
+    for name in ("brain.ckpt", "counter.ckpt", "dataloader-TRAIN.ckpt"):
+        (folder / name).read_text()  # text, not a pickle
+    with safe_open(str(folder / "trained.safetensors"), "pt") as file:
+        assert all(name.startswith(("fusion.", "head.")) for name in file.keys())
+
+
+def test_each_part_has_its_own_optimizer_and_rate(job, tmp_path, monkeypatch):
+    seen = {}
+    init = CTCBrain.init_optimizers
+
+    def spy(brain):
+        init(brain)
+        seen.update({k: o.param_groups[0] for k, o in brain.optimizers_dict.items()})
+
+    monkeypatch.setattr(CTCBrain, "init_optimizers", spy)
+    rates = ["--lr_head", "0.4", "--lr_fusion", "0.3", "--lr_encoder", "0.2", "--lr_norms", "0.1"]
+    stop = ["--number_of_epochs", "1", "--warmup", "0", "--layers", "[2, 4]"]
+    job(tmp_path, *rates, *stop, "--adapters", "{top_k: {layers: last:1}}", count=2)
+    initial = {name: group["lr"] for name, group in seen.items()}
+    assert initial.keys() == {"head", "fusion", "encoder", "norms"}
+    base = {"head": 0.4, "fusion": 0.3, "encoder": 0.2, "norms": 0.1}
+    shares = [initial[name] / base[name] for name in base]
+    assert all(math.isclose(share, shares[0]) for share in shares)
+
+
+def test_utterances_too_short_for_their_targets_are_dropped_by_name(job, tmp_path, caplog):
+    units = CharUnits.from_texts(["ABC"])
+    make_speech(tmp_path, 4)
+    dataset = read_speech([tmp_path / "train.csv"], tmp_path)
+    dataset.data["u1"]["duration"] = 0.01
+    dataset.data["u2"]["wrd"] = "?!"
+    with caplog.at_level("WARNING"):
+        kept = drop_unalignable(dataset, units, lambda samples: samples // 320)
+    assert kept.data_ids == ["u0", "u3"]
+    assert "2 of 4" in caplog.text
+    assert "u1 (0 frames, 2 needed)" in caplog.text and "u2 (no targets)" in caplog.text
+    with pytest.raises(ValueError, match="none of 4 .*first: u0"):
+        drop_unalignable(dataset, units, lambda samples: samples * 0)
+
+
+def test_ctc_is_finite_with_the_needed_frames_and_infinite_with_one_less():
+    targets = [1, 2, 2, 2, 1]
+    for spare, finite in ((0, True), (-1, False)):
+        frames = needed_frames(targets) + spare
+        loss = torch.nn.functional.ctc_loss(
+            torch.zeros(frames, 1, 3).log_softmax(-1),
+            torch.tensor([targets]),
+            torch.tensor([frames]),
+            torch.tensor([len(targets)]),
+        )
+        assert bool(loss.isfinite()) == finite
+
+
+@pytest.mark.parametrize("head", [LinearHead, DNNHead, BLSTMHead])
+def test_padding_does_not_change_what_a_head_gives(head):
+    torch.manual_seed(0)
+    head = head(6, 4).eval()
+    features = torch.randn(2, 9, 6)
+    lengths = torch.tensor([9, 4])
+    together = head(features, lengths)
+    assert together.shape == (2, 9, 4)
+    alone = head(features[1:, :4], torch.tensor([4]))
+    torch.testing.assert_close(together[1, :4], alone[0])
+
+
+def test_masking_stays_within_the_utterance_and_the_asked_share():
+    torch.manual_seed(0)
+    masking = FeatureMasking(time_masks=1, time_width=0.5, width_masks=0)
+    lengths = torch.tensor([100, 20] * 200)
+    masked = masking(torch.ones(400, 100, 3), lengths) == 0
+    frames = masked.all(-1)
+    assert torch.equal(frames, masked.any(-1))
+    assert not frames[1::2, 20:].any()
+    assert frames[0::2].sum(1).max() == 50 and frames[1::2].sum(1).max() == 10
+    assert frames[1::2, :20].any(0).all(), "every frame can be masked"
+    in_width = FeatureMasking(time_masks=0, width_masks=1, width_share=0.25)
+    bands = in_width(torch.ones(50, 4, 8), torch.full((50,), 4)) == 0
+    assert torch.equal(bands.any(1), bands.all(1)) and bands[:, 0].sum(1).max() == 2
+
+
+def test_masking_is_off_in_evaluation():
+    features = torch.ones(2, 50, 20)
+    assert FeatureMasking().eval()(features, torch.tensor([50, 50])) is features
+
+
+DISTRIBUTED = """
+import json, os, sys
+import speechbrain as sb
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from hff_modules import adapters
+from hff_modules.brains import CTCBrain
+from hff_modules.config import load_config
+from hff_modules.data import CharUnits
+from hff_modules.data.loading import add_ctc_items, read_speech
+
+data, base = sys.argv[1:3]
+hparams, run_opts = load_config(sys.argv[3:], base)
+units = CharUnits.from_texts(["ABC"])
+dataset = read_speech([data + "/train.csv"], data)
+encoder = hparams["ssl_encoder"]
+adapters.attach(encoder, "top_k", layers="last:1")
+add_ctc_items(dataset, units, encoder.minimum_samples)
+for module in encoder.modules():  # chance differs between processes
+    if isinstance(module, torch.nn.Dropout):
+        module.p = 0.0
+fusion = hparams["fusion"](num_states=len(encoder.layers), input_size=encoder.hidden_size)
+head = hparams["head"](input_size=fusion.output_size, num_units=units.size)
+modules = {"encoder": encoder, "fusion": fusion, "masking": hparams["masking"], "head": head}
+hparams["sorting"] = "ascending"  # for SpeechBrain: batches in the order given
+brain = CTCBrain(units, modules=modules, hparams=hparams, run_opts=run_opts)
+world, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
+# Unequal halves: utterances differ in number, in length and in targets.
+halves = [[0, 4], [1, 2, 3], [5], [6, 7, 8]] * 2
+batches = halves if world == 2 else [a + b for a, b in zip(halves[::2], halves[1::2])]
+loader = brain.make_dataloader(
+    dataset, sb.Stage.TRAIN, batch_sampler=batches, collate_fn=PaddedBatch
+)
+losses, fit_batch = [], brain.fit_batch
+brain.fit_batch = lambda batch: losses.append(float(fit_batch(batch))) or torch.tensor(losses[-1])
+brain.fit(hparams["epoch_counter"], loader)
+frozen = {n for n, p in encoder.named_parameters() if not p.requires_grad}
+ddp = brain.modules["encoder"]
+outcome = {
+    "losses": losses,
+    "audio": brain.meter.audio_seconds,
+    "weights": fusion.output.weight.tolist(),
+    "wrapped": type(ddp).__name__,
+    "frozen_left_out": frozen <= set(getattr(ddp, "parameters_to_ignore", [])),
+}
+with open(f"{data}/{world}-{rank}.json", "w") as file:
+    json.dump(outcome, file)
+"""
+
+
+def test_two_processes_train_as_one_with_the_double_batch(encoder_folder, tmp_path, monkeypatch):
+    make_speech(tmp_path, 9)
+    script = tmp_path / "script.py"
+    script.write_text(DISTRIBUTED)
+    (tmp_path / "base.yaml").write_text("extends: base/ctc.yaml\ndataset: tones\n")
+    options = ["--layers", "[2, 4]", "--lr_encoder", "0.01", "--checkpointer", "null"]
+    options += ["--masking", "{time_masks: 0, width_masks: 0}", "--distributed_backend", "gloo"]
+    command = [str(script), str(tmp_path), str(tmp_path / "base.yaml")]
+    command += arguments(tmp_path / "out", encoder_folder, "fusion", *options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # What torchrun sets, without the time it takes to start.
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(script))  # the one process, meanwhile
+    for process in processes:
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 0, told[-3000:]
+    one, first, second = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")
+    )
+    assert len(one["losses"]) == 8 and first["losses"] == second["losses"]
+    torch.testing.assert_close(first["losses"], one["losses"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(first["weights"]), torch.tensor(one["weights"]), rtol=1e-3, atol=1e-4
+    )
+    assert first["audio"] == pytest.approx(one["audio"])
+    assert first["wrapped"] == "DistributedDataParallel" and first["frozen_left_out"]

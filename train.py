@@ -1,0 +1,36 @@
+"""The main job: train and test one method on the built-in corpus with the built-in encoder.
+
+python train.py hparams/fusion.yaml [--key value ...] [SpeechBrain's run options]
+"""
+
+import sys
+from pathlib import Path
+
+import speechbrain as sb
+from speechbrain.utils.distributed import run_on_main
+
+from hff_modules.brains import train_ctc
+from hff_modules.config import load_config
+from hff_modules.data import prepare_spoken
+
+BASE = Path(__file__).parent / "hparams" / "base" / "spoken.yaml"
+
+
+def main(argv: list[str]) -> dict:
+    """Run one job; gives what ``results.json`` holds."""
+    hparams, run_opts = load_config(argv, BASE)
+    sb.create_experiment_directory(hparams["output_folder"])
+    folder = Path(hparams["data_folder"])
+    run_on_main(prepare_spoken, args=[folder])
+    return train_ctc(
+        hparams,
+        run_opts,
+        data_root=folder,
+        train=[folder / "train.csv"],
+        dev=[folder / "dev.csv"],
+        test={"test": folder / "test.csv"},
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
