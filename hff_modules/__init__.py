@@ -6,7 +6,9 @@ from hff_modules.fusion import (
     ConcatProjection,
     HierarchicalConv,
     HierarchicalFusion,
+    InterAdapter,
     LastLayer,
+    LayerAdapters,
     WeightedSum,
 )
 
@@ -16,7 +18,9 @@ __all__ = [
     "ConcatProjection",
     "HierarchicalConv",
     "HierarchicalFusion",
+    "InterAdapter",
     "LastLayer",
+    "LayerAdapters",
     "SSLEncoder",
     "WeightedSum",
     "adapters",

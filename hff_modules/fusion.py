@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from hff_modules.adapters.bottleneck import Bottleneck
 from hff_modules.frontend import valid_mask
 
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
@@ -100,6 +101,95 @@ class WeightedSum(Fusion):
         if self.layer_norm:
             states = nn.functional.layer_norm(states, (self.input_size,))
         return torch.einsum("k,kbtd->btd", torch.softmax(self.weights, 0), states)
+
+
+class LayerAdapters(Fusion):
+    """L-adapters: every state through a map of its own, then a weighted sum.
+
+    ``g_k = LN(act(W_k h_k + b_k))`` and ``sum_k softmax(w)_k g_k`` with ``w = 0`` at first (Otake
+    et al., 2023, arXiv 2212.02780; Inoue et al., 2024 (ELP), arXiv 2407.21066). No way back to the
+    width of the states, no skip. Trained: ``K (D d + 3 d + 1)``.
+
+    Arguments
+    ---------
+    num_states : int
+        States that are given.
+    input_size : int
+        Width ``D`` of each state.
+    output_size : int
+        Width ``d`` of the features.
+    activation : str
+        "gelu" (the authors' for speech recognition and intent), "relu" (theirs for speaker and
+        emotion), "silu" or "tanh".
+
+    Example
+    -------
+    >>> fusion = LayerAdapters(num_states=12, input_size=768)
+    >>> sum(p.numel() for p in fusion.adapters[0].parameters())
+    394752
+    """
+
+    def __init__(
+        self, num_states: int, input_size: int, output_size: int = 512, activation: str = "gelu"
+    ):
+        super().__init__(num_states, input_size, output_size)
+        if activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"activation={activation!r}: expected one of {', '.join(_ACTIVATIONS)}"
+            )
+        self.weights = nn.Parameter(torch.zeros(num_states))
+        self.adapters = nn.ModuleList()
+        for _ in range(num_states):
+            linear, act = nn.Linear(input_size, output_size), _ACTIVATIONS[activation]()
+            nn.init.normal_(linear.weight, std=1e-3)
+            nn.init.zeros_(linear.bias)
+            self.adapters.append(nn.Sequential(linear, act, nn.LayerNorm(output_size)))
+
+    def layer_weights(self) -> list[float]:
+        """The weight that each state has now; they add up to 1."""
+        return torch.softmax(self.weights.detach(), 0).tolist()
+
+    def forward(self, states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Map states (num_states, batch, frames, width) to features (batch, frames, output)."""
+        self.check(states)
+        weights = torch.softmax(self.weights, 0)
+        return sum(w * g(h) for w, g, h in zip(weights, self.adapters, states, strict=True))
+
+
+class InterAdapter(WeightedSum):
+    """The weighted sum of all states with a bottleneck beside it, zero at first.
+
+    The "inter" half of inner + inter adapters (Sang & Hansen, 2024, arXiv 2403.00293), whose
+    "inner" half is the adapter method ``inner``. ``s + W_up act(W_down s)`` of the weighted sum
+    ``s``; where the paper is not open to us, this is ours. Trained: ``2 D r + D + r + K``.
+
+    Arguments
+    ---------
+    num_states : int
+        States that are given.
+    input_size : int
+        Width ``D`` of each state.
+    bottleneck : int
+        Width ``r`` in between.
+    activation : str
+        "gelu", "relu" or "silu".
+
+    Example
+    -------
+    >>> InterAdapter(num_states=2, input_size=8, bottleneck=4)(torch.randn(2, 3, 5, 8)).shape
+    torch.Size([3, 5, 8])
+    """
+
+    def __init__(
+        self, num_states: int, input_size: int, bottleneck: int = 256, activation: str = "relu"
+    ):
+        super().__init__(num_states, input_size)
+        self.adapter = Bottleneck(input_size, bottleneck, activation)
+
+    def forward(self, states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Map states (num_states, batch, frames, width) to features (batch, frames, width)."""
+        summed = super().forward(states, lengths)
+        return summed + self.adapter(summed)
 
 
 class ConcatProjection(Fusion):

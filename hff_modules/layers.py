@@ -5,7 +5,10 @@ from collections.abc import Sequence
 
 LayerSpec = str | int | Sequence[int]
 
-_GRAMMAR = "a list such as [3, 6, 9], one number, 'all', 'every:3', 'first:4', 'last:4' or '4-9'"
+_GRAMMAR = (
+    "a list such as [3, 6, 9], one number, 'all', 'every:3', 'first:4', 'last:4', "
+    "'all but last:1' or '4-9'"
+)
 
 
 def parse_layers(spec: LayerSpec, num_layers: int, lowest: int = 0) -> list[int]:
@@ -17,7 +20,7 @@ def parse_layers(spec: LayerSpec, num_layers: int, lowest: int = 0) -> list[int]
     ---------
     spec : str | int | Sequence[int]
         ``[3, 6, 9]``, ``6``, ``"all"``, ``"every:3"`` (3, 6, 9, ...), ``"first:4"``,
-        ``"last:4"`` or ``"4-9"``.
+        ``"last:4"``, ``"all but first:1"``, ``"all but last:1"`` or ``"4-9"``.
     num_layers : int
         How many layers the encoder has.
     lowest : int
@@ -67,6 +70,9 @@ def parse_layers(spec: LayerSpec, num_layers: int, lowest: int = 0) -> list[int]
 def _parse_text(spec: str, num_layers: int, lowest: int) -> list[int]:
     if spec == "all":
         return list(range(lowest, num_layers + 1))
+    if match := re.fullmatch(r"all but (first|last):(\d+)", spec):
+        chosen, number = list(range(lowest, num_layers + 1)), int(match[2])
+        return chosen[number:] if match[1] == "first" else chosen[: max(len(chosen) - number, 0)]
     if match := re.fullmatch(r"(every|first|last):(\d+)", spec):
         kind, number = match[1], int(match[2])
         if number < 1 or number > num_layers:
