@@ -22,7 +22,6 @@ from hff_modules.checkpoint import (
     save_state,
     save_trained,
 )
-from hff_modules.data.loading import SAMPLE_RATE
 from hff_modules.measure import Meter, count_parameters, table, versions, write_results
 
 logger = get_logger(__name__)
@@ -120,8 +119,8 @@ class SSLBrain(sb.Brain):
 
     def states(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Selected states (num_states, batch, frames, width) and valid frames (batch,)."""
-        wavs, wav_lens = batch.signal
-        return self.modules.encoder(wavs, wav_lens)
+        signal, lens = batch.signal  # waveforms, or stored states
+        return self.modules.encoder(signal, lens)
 
     def features(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Fused features (batch, frames, width), masked in training, and valid frames (batch,)."""
@@ -216,8 +215,7 @@ class SSLBrain(sb.Brain):
         loss = super().fit_batch(batch)
         self.meter.synchronize()
         now = time.perf_counter()
-        signal = batch.signal
-        seconds = float((signal.lengths * signal.data.shape[1]).sum()) / SAMPLE_RATE
+        seconds = float(sum(batch.duration))
         both = torch.tensor([float(loss), seconds], dtype=torch.float64)
         if is_distributed_initialized():
             both = both.to(self.device)

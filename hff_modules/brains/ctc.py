@@ -22,6 +22,7 @@ from hff_modules.data.loading import (
     add_ctc_items,
     batches_by_length,
     drop_unalignable,
+    filled_cache,
     read_speech,
     transcripts,
 )
@@ -156,9 +157,6 @@ def train_ctc(
     encoder = hparams["ssl_encoder"]
     for method, options in hparams["adapters"].items():
         adapters.attach(encoder, method, **options)
-    for dataset in (train_set, dev_set, *test_sets.values()):
-        add_ctc_items(dataset, units, encoder.minimum_samples)
-    train_set = drop_unalignable(train_set, units, encoder.count_frames)
     fusion = hparams["fusion"](num_states=len(encoder.layers), input_size=encoder.hidden_size)
     head = hparams["head"](input_size=fusion.output_size, num_units=units.size)
     masking = hparams["masking"]
@@ -171,6 +169,11 @@ def train_ctc(
     )
     if if_main_process():
         units.save(Path(hparams["output_folder"]) / "units")
+    everything = [train_set, dev_set, *test_sets.values()]
+    cache = filled_cache(hparams, encoder, everything)
+    for dataset in everything:
+        add_ctc_items(dataset, units, encoder.minimum_samples, cache)
+    train_set = drop_unalignable(train_set, units, encoder.count_frames)
 
     brain.fit(
         hparams["epoch_counter"],

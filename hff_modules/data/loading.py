@@ -1,13 +1,16 @@
 """From manifests to batches: targets, dynamic batching, no utterance that CTC cannot align."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset, FilteredSortedDynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler
+from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
+from hff_modules.cache import StateCache
 from hff_modules.data.audio import read_audio
 from hff_modules.data.manifest import read_rows
 from hff_modules.data.text import Units
@@ -41,13 +44,51 @@ def read_speech(csvs: Iterable[str | Path], data_root: str | Path) -> DynamicIte
     return DynamicItemDataset(rows)
 
 
+def filled_cache(
+    hparams: Mapping[str, Any], encoder: torch.nn.Module, datasets: Iterable[DynamicItemDataset]
+) -> StateCache | None:
+    """Compute and keep the states of all utterances that training cannot change.
+
+    Arguments
+    ---------
+    hparams : Mapping[str, Any]
+        ``cache`` (a folder, or None), ``cache_dtype``, ``cache_gigabytes``, ``batch_seconds``.
+    encoder : SSLEncoder
+        With its adapters attached.
+    datasets : Iterable[DynamicItemDataset]
+        With ``wav`` and ``duration``.
+
+    Returns
+    -------
+    StateCache | None
+        None where no cache is wanted, or nothing can be kept.
+    """
+    if hparams["cache"] is None or not encoder.stored_layers:
+        return None
+    cache = StateCache(
+        hparams["cache"], encoder, hparams["cache_dtype"], hparams["cache_gigabytes"]
+    )
+    rows = [dataset.data[name] for dataset in datasets for name in dataset.data_ids]
+    wavs, seconds = [row["wav"] for row in rows], [row["duration"] for row in rows]
+    run_on_main(cache.fill, args=[wavs, seconds, hparams["batch_seconds"]])
+    return cache
+
+
 def transcripts(dataset: DynamicItemDataset) -> list[str]:
     """Transcripts of all utterances."""
     return [dataset.data[name]["wrd"] for name in dataset.data_ids]
 
 
-def add_ctc_items(dataset: DynamicItemDataset, units: Units, minimum_samples: int = 0) -> None:
-    """Let a dataset give ``id``, ``signal`` (samples,), ``targets`` (units,) and ``wrd``.
+def add_ctc_items(
+    dataset: DynamicItemDataset,
+    units: Units,
+    minimum_samples: int = 0,
+    cache: StateCache | None = None,
+) -> None:
+    """Let a dataset give ``id``, ``duration``, ``signal``, ``targets`` (units,) and ``wrd``.
+
+    ``signal`` is what the encoder is to be given: samples (samples,), or stored states (frames,
+    num_stored, width) where there is a cache.
 
     Arguments
     ---------
@@ -56,9 +97,13 @@ def add_ctc_items(dataset: DynamicItemDataset, units: Units, minimum_samples: in
     units : CharUnits | SentencePieceUnits
     minimum_samples : int
         Shorter signals are filled up with silence, so that the encoder gives a frame for them.
+    cache : StateCache, optional
+        Filled with the states of these utterances.
     """
 
     def signal(wav: str) -> torch.Tensor:
+        if cache is not None:
+            return cache.read(wav)
         samples = read_audio(wav, SAMPLE_RATE)
         missing = minimum_samples - len(samples)
         return torch.nn.functional.pad(samples, (0, missing)) if missing > 0 else samples
@@ -68,7 +113,7 @@ def add_ctc_items(dataset: DynamicItemDataset, units: Units, minimum_samples: in
 
     dataset.add_dynamic_item(signal, takes="wav", provides="signal")
     dataset.add_dynamic_item(targets, takes="wrd", provides="targets")
-    dataset.set_output_keys(["id", "signal", "targets", "wrd"])
+    dataset.set_output_keys(["id", "duration", "signal", "targets", "wrd"])
 
 
 def needed_frames(targets: list[int]) -> int:
