@@ -1,0 +1,64 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from hff_modules.tables import collect, filled, main, markdown
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(method="fusion", seed=1, cer=40.0, **more):
+    return {
+        "method": method,
+        "encoder": "builtin",
+        "layers": [3, 6],
+        "horizon": 6,
+        "trainable_encoder_parameters": 1234,
+        "trainable_parameters": 5678,
+        "train_seconds": 61.0,
+        "step_seconds": 0.05,
+        "peak_memory_mb": 700.0,
+        "seed": seed,
+        "test": {"test-mini": {"cer": cer, "wer": 2 * cer}},
+        **more,
+    }
+
+
+def test_runs_that_differ_in_their_seed_only_make_one_row_and_the_best_comes_first():
+    table = markdown(
+        [run(cer=40.0), run(seed=2, cer=44.0), run("last_layer", cer=50.0), run("hconv", cer=30.0)]
+    )
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert [row[0] for row in rows[2:]] == ["hconv", "fusion", "last_layer"]
+    fusion = dict(zip(rows[0], rows[3], strict=True))
+    assert fusion["test-mini CER %"] == "42.0 ± 2.8" and fusion["test-mini WER %"] == "84.0 ± 5.7"
+    assert fusion["seeds"] == "1, 2" and fusion["trained"] == "5,678" and fusion["step ms"] == "50"
+
+
+def test_results_are_gathered_and_written_between_the_marks(tmp_path, capsys):
+    for seed in (1, 2):
+        folder = tmp_path / "results" / "fusion" / str(seed)
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(run(seed=seed)))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- table: m.json -->\nold\n<!-- end of table -->\nafter\n")
+    main(["collect", str(tmp_path / "results"), str(tmp_path / "m.json")])
+    main(["write", str(readme)])
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| 40.0 ± 0.0 |" in text and "2 runs in" in capsys.readouterr().out
+    assert filled(text, tmp_path) == text
+
+
+def test_a_folder_without_results_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no results.json below"):
+        collect(tmp_path, tmp_path / "m.json")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for p in ROOT.rglob("*.md") if ".venv" not in p.parts), ids=str
+)
+def test_no_table_in_the_project_disagrees_with_its_results(path):
+    text = path.read_text(encoding="utf-8")
+    assert filled(text, path.parent) == text
