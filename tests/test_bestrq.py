@@ -219,16 +219,33 @@ def test_cepstral_views_do_not_look_across_utterances():
         np.testing.assert_allclose(view[:20] * scale, changed[:20], rtol=1e-3, atol=1e-4)
 
 
-def test_teacher_states_are_those_of_the_whole_model_alone():
-    config = _tiny_config(num_hidden_layers=3)
-    model = Wav2Vec2BertModel(config).eval()
-    features = np.random.default_rng(0).standard_normal((30, 320)).astype(np.float16)
-    states = targets.states_of(model, features, [(0, 20), (20, 10)], layer=2)
+def test_teacher_states_are_those_of_each_utterance_alone(tmp_path):
+    model = Wav2Vec2BertModel(_tiny_config(num_hidden_layers=3)).eval()
+    model.save_pretrained(tmp_path)
+    features = np.memmap(tmp_path / "features", np.float16, mode="w+", shape=(30, 320))
+    features[:] = np.random.default_rng(0).standard_normal((30, 320))
+    bounds = [(0, 20), (20, 10)]
+    states = targets.states_of(str(tmp_path), features, bounds, [1, 2], tmp_path / "s", workers=1)
     with torch.no_grad():
         inputs = torch.from_numpy(features[20:].astype(np.float32))[None]
-        alone = model(inputs, output_hidden_states=True)
-    np.testing.assert_allclose(states[20:], alone.hidden_states[2][0], atol=5e-3)
-    assert len(model.encoder.layers) == 3
+        alone = model(inputs, output_hidden_states=True).hidden_states
+    for layer in (1, 2):
+        np.testing.assert_allclose(states[layer - 1, 20:], alone[layer][0], atol=5e-3)
+
+
+def test_attention_starts_with_heads_that_look_ahead_and_around():
+    sides = {"left_max_position_embeddings": 16, "right_max_position_embeddings": 16}
+    config = _tiny_config(
+        num_hidden_layers=1, position_embeddings_type="relative_key", hidden_size=64, **sides
+    )
+    model = Wav2Vec2BertModel(config).eval()
+    masked_speech.start_with_local_attention(model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention = model(torch.randn(1, 40, 320), output_attentions=True).attentions[0][0]
+    away = torch.arange(40)[None] - torch.arange(40)[:, None]
+    looked = (attention * away)[:, 10:30].sum(-1).mean(-1)
+    assert 1 < looked[0] < 3 and 3 < looked[1] < 6 and -2 < looked[2] < 2
 
 
 def _tiny_config(**changes):
@@ -274,3 +291,16 @@ def test_two_processes_train_one_encoder(speech, trained, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert _history(tmp_path)[-1]["steps"] == 3
+
+
+def test_position_scores_are_those_of_an_embedding_for_every_pair_of_frames():
+    shape = {"position_embeddings_type": "relative_key", "left_max_position_embeddings": 3}
+    model = Wav2Vec2BertModel(_tiny_config(num_hidden_layers=1, **shape))
+    attention = model.encoder.layers[0].self_attn
+    query = torch.randn(2, 4, 15, 8)
+    pairs = (torch.arange(15)[None] - torch.arange(15)[:, None]).clamp(-3, 8) + 3
+    embedded = attention.distance_embedding(pairs)
+    expected = torch.einsum("bhld,lrd->bhlr", query, embedded) * attention.scaling
+    torch.testing.assert_close(
+        masked_speech.relative_key_scores(attention, query, query)[1], expected
+    )

@@ -22,6 +22,7 @@ from speechbrain.utils.checkpoints import (
 )
 from torch import nn
 from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertModel
+from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,10 @@ class Pretrainer(nn.Module):
     def __init__(self, config, codebooks, codes, init=None):
         super().__init__()
         config._attn_implementation = "eager"
+        modeling_wav2vec2_bert._apply_relative_key_position_encoding = relative_key_scores
         self.encoder = Wav2Vec2BertModel(config)
         start_as_identity(self.encoder)
+        start_with_local_attention(self.encoder)
         if init:
             grow_from(Wav2Vec2BertModel.from_pretrained(init, dtype=torch.float32), self.encoder)
         self.codebooks = codebooks
@@ -99,6 +102,30 @@ class Pretrainer(nn.Module):
             json.dump(report, out, indent=1)
 
 
+def relative_key_scores(module, query, key):
+    """Transformers' position scores of "relative_key" attention, at the cost of one small product.
+
+    The original multiplies queries with an embedding for every pair of frames, (frames, frames,
+    head_size); here with every distance once, and the pairs are looked up in the result.
+
+    Arguments
+    ---------
+    module : Wav2Vec2BertSelfAttention
+    query, key : torch.Tensor
+        (batch, heads, frames, head_size)
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        The query and (batch, heads, frames, frames), as the original.
+    """
+    left, right = module.left_max_position_embeddings, module.right_max_position_embeddings
+    frames = torch.arange(query.shape[2], device=query.device)
+    distance = (frames[None, : key.shape[2]] - frames[:, None]).clamp(-left, right) + left
+    by_distance = query @ module.distance_embedding.weight.T.to(query.dtype) * module.scaling
+    return query, by_distance.gather(-1, distance.expand(*query.shape[:3], -1))
+
+
 def start_as_identity(encoder):
     """Sets the last projection of every residual branch to zero.
 
@@ -112,6 +139,40 @@ def start_as_identity(encoder):
             nn.init.zeros_(last.weight)
             if last.bias is not None:
                 nn.init.zeros_(last.bias)
+
+
+def start_with_local_attention(encoder, strength=3.0):
+    """Lets three of four heads look at nearby frames from the first step on; the fourth at all.
+
+    The convolutions look only back, and attention that starts flat finds the frames after a mask
+    late (after 200 steps it was still flat). The heads share one embedding of distances: each gets
+    a direction of its own in it, which the bias of its queries asks for.
+
+    Arguments
+    ---------
+    encoder : Wav2Vec2BertModel
+        With relative_key positions; others are left as they are.
+    strength : float
+        Length of the queries' bias.
+    """
+    if encoder.config.position_embeddings_type != "relative_key":
+        return
+    for block in encoder.encoder.layers:
+        attention = block.self_attn
+        left, right = (
+            attention.left_max_position_embeddings,
+            attention.right_max_position_embeddings,
+        )
+        distance = torch.arange(-left, right + 1, dtype=torch.float32)
+        with torch.no_grad():
+            query_bias = attention.linear_q.bias.view(attention.num_heads, attention.head_size)
+            # Centre and width in frames: just ahead, further ahead, around.
+            for head, (centre, width) in enumerate([(1.5, 1.0), (4.0, 1.5), (0.0, 6.0)]):
+                if head < attention.num_heads:
+                    score = (-0.5 * ((distance - centre) / width) ** 2).clamp(min=-6)
+                    query_bias[head, head] = strength
+                    embedded = score / (strength * attention.scaling)
+                    attention.distance_embedding.weight[:, head] = embedded
 
 
 def grow_from(small, encoder):
@@ -232,7 +293,9 @@ def load_prepared(prepared, part):
     prepared = Path(prepared)
     report = json.loads((prepared / "prepared.json").read_text())
     width = report["settings"]["stride"] * 80
-    features = np.memmap(prepared / "features.f16", np.float16, mode="r").reshape(-1, width)
+    path = prepared / "features.f16"
+    shape = path.stat().st_size // (2 * width), width
+    features = np.memmap(path, np.float16, mode="r", shape=shape)
     with open(prepared / f"{part}.csv", newline="", encoding="utf-8") as table:
         rows = [(int(row["offset"]), int(row["frames"])) for row in csv.DictReader(table)]
     return features, rows
@@ -295,14 +358,12 @@ def make_codes(hparams):
         layers = hparams["teacher_layers"]
         if books != len(layers):
             raise ValueError(f"codebooks={books} but teacher_layers={layers}: one for each layer")
-        teacher = Wav2Vec2BertModel.from_pretrained(hparams["teacher"], dtype=torch.float32).eval()
-        codes = np.concatenate(
-            [
-                targets.cluster([targets.states_of(teacher, features, rows, layer)], size)
-                for layer in layers
-            ],
-            axis=1,
+        path = folder / "states.f16"
+        states = targets.states_of(
+            hparams["teacher"], features, rows, layers, path, hparams["workers"]
         )
+        codes = targets.cluster(states, size)
+        path.unlink()
     else:
         raise ValueError(f"objective={objective!r}: expected best_rq, cepstra or states")
     report = targets.usage(codes, size)

@@ -4,12 +4,16 @@ BEST-RQ: Chiu et al., arXiv 2202.01855. Clusters of cepstra, then of the model's
 Hsu et al., arXiv 2106.07447.
 """
 
+import multiprocessing
+
 import numpy as np
 import torch
 from scipy.fft import dct
 from speechbrain.nnet.quantisers import RandomProjectionQuantizer
+from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
 
 BLOCK = 20000  # frames at a time: bounds the memory of distances
+_LOADED = {}  # what a worker process of states_of works with
 
 
 def kmeans(points, clusters, iterations=25, seed=0):
@@ -150,45 +154,69 @@ def random_projection(features, codebooks, codes, width=16, seed=0):
     return torch.stack(found, 1).numpy().astype(np.int16)
 
 
-@torch.inference_mode()
-def states_of(model, features, bounds, layer, max_frames=3000):
-    """The states of one layer for all utterances, as half precision.
+def states_of(teacher, features, bounds, layers, path, workers=2):
+    """States of some layers for all utterances, in a file that worker processes fill.
 
     Arguments
     ---------
-    model : transformers.Wav2Vec2BertModel
-        The teacher; in eval mode.
-    features, bounds
+    teacher : str
+        Hugging Face folder of a `Wav2Vec2BertModel`.
+    features : np.memmap
+        (N, stride * num_mels), half precision.
+    bounds : list of (int, int)
         As for `cepstral_views`.
-    layer : int
+    layers : list of int
         1 is the first block's output.
+    path : str
+        The file, (len(layers), N, hidden_size) float16; to be removed by the caller.
+    workers : int
+        Processes of one thread each.
 
     Returns
     -------
-    np.ndarray
-        (N, hidden_size) float16
+    np.memmap
+        The file's content.
     """
-    states = np.zeros((len(features), model.config.hidden_size), np.float16)
-    blocks = model.encoder.layers
-    model.encoder.layers = blocks[:layer]
-    batch = []
-    for index, bound in enumerate(sorted(bounds, key=lambda bound: bound[1])):
-        batch.append(bound)
-        longest = batch[-1][1]
-        if longest * (len(batch) + 1) <= max_frames and index < len(bounds) - 1:
-            continue
-        inputs = torch.zeros(len(batch), longest, features.shape[1])
-        mask = torch.zeros(len(batch), longest, dtype=torch.long)
-        for row, (start, count) in enumerate(batch):
-            frames = features[start : start + count].astype(np.float32)
-            inputs[row, :count] = torch.from_numpy(frames)
-            mask[row, :count] = 1
-        hidden = model(input_features=inputs, attention_mask=mask).last_hidden_state
-        for row, (start, count) in enumerate(batch):
-            states[start : start + count] = hidden[row, :count].half().numpy()
-        batch = []
-    model.encoder.layers = blocks
+    config = Wav2Vec2BertConfig.from_pretrained(teacher)
+    if not all(1 <= layer <= config.num_hidden_layers for layer in layers):
+        raise ValueError(f"teacher_layers={layers}: {teacher} has {config.num_hidden_layers}")
+    shape = len(layers), len(features), config.hidden_size
+    states = np.memmap(path, np.float16, mode="w+", shape=shape)
+    batches = [[]]
+    for bound in sorted(bounds, key=lambda bound: bound[1]):
+        if batches[-1] and bound[1] * (len(batches[-1]) + 1) > BLOCK // 10:
+            batches.append([])
+        batches[-1].append(bound)
+    load = (teacher, features.filename, features.shape, layers, path, shape)
+    with multiprocessing.get_context("spawn").Pool(workers, _load_teacher, load) as pool:
+        pool.map(_keep_states, batches, chunksize=8)
     return states
+
+
+def _load_teacher(teacher, features, features_shape, layers, path, shape):
+    torch.set_num_threads(1)
+    model = Wav2Vec2BertModel.from_pretrained(teacher, dtype=torch.float32).eval()
+    del model.encoder.layers[max(layers) :]
+    _LOADED["model"], _LOADED["layers"] = model, layers
+    _LOADED["features"] = np.memmap(features, np.float16, mode="r", shape=features_shape)
+    _LOADED["states"] = np.memmap(path, np.float16, mode="r+", shape=shape)
+
+
+@torch.inference_mode()
+def _keep_states(batch):
+    size = len(batch), max(count for _, count in batch), _LOADED["features"].shape[1]
+    inputs, mask = torch.zeros(size), torch.zeros(size[:2], dtype=torch.long)
+    for row, (start, count) in enumerate(batch):
+        frames = _LOADED["features"][start : start + count].astype(np.float32)
+        inputs[row, :count] = torch.from_numpy(frames)
+        mask[row, :count] = 1
+    outputs = _LOADED["model"](
+        input_features=inputs, attention_mask=mask, output_hidden_states=True
+    )
+    for index, layer in enumerate(_LOADED["layers"]):
+        for row, (start, count) in enumerate(batch):
+            state = outputs.hidden_states[layer][row, :count]
+            _LOADED["states"][index, start : start + count] = state.half().numpy()
 
 
 def usage(codes, size):

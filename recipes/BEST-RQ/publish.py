@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Puts a pretrained encoder and the record of its rounds into one folder with a model card.
+
+> python publish.py FOLDER --rounds results/cepstra/1986/encoder results/states/1986/encoder \
+>     --data_root /data --licences licences.json
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+CARD = """---
+library_name: transformers
+license: cc-by-sa-4.0
+tags: [speech, self-supervised, wav2vec2-bert]
+---
+# {name}
+
+A small speech encoder, {parameters:.1f} M parameters: {layers} Conformer blocks of width {width}
+(`Wav2Vec2BertModel`, the shape of w2v-BERT 2.0), log-mel input at 16 kHz, {rate:.0f} states a
+second. It learned from {hours:.1f} hours of speech without a look at a transcript. `AutoModel`
+loads it; `AutoFeatureExtractor` makes its input.
+
+It is for development, tests and comparisons of methods on small data, not a match for models of
+thousands of hours.
+
+## How it was made
+`recipes/BEST-RQ` of this package: masked prediction of cluster numbers, {rounds} rounds on {cores}.
+
+| round | targets | blocks | steps | hours heard | seconds | held-out loss | accuracy |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{table}
+
+Loss and accuracy are at masked frames. A round on cepstra predicts clusters of views of each frame;
+a later one goes on with the weights of the round before and predicts clusters of that encoder's
+own states. Where it has more blocks, fresh ones, at first the identity, follow each trained one.
+Losses of different targets do not compare. `training.json` has all settings and curves,
+`curves.png` shows them.
+
+## Data
+Training parts only: no development or test part of any set was heard. Besides, {valid:.2f} hours
+were held out, by speaker, for the curves. Skipped: {skipped}.
+
+| source | licence |
+| --- | --- |
+{sources}
+
+EmoDB and the Picovoice speech-to-intent set have no fixed training part and were left out, so that
+later evaluations on them stay clean. One source is under CC BY-SA 4.0, so the weights are, too.
+"""
+
+
+def relative(settings, data_root):
+    """Settings without the paths of the machine: sources below `data_root`, no folders."""
+    kept = {}
+    for key, value in settings.items():
+        if key == "sources":
+            value = [str(Path(source).relative_to(data_root)) for source in value]
+        if key in ("init", "teacher") and value:
+            value = "the round before"
+        if not key.endswith("_folder") and key not in ("prepare", "config"):
+            kept[key] = value
+    return kept
+
+
+def publish(folder, rounds, data_root, licences, cores):
+    """Copies the last round's encoder to `folder`, with README.md, training.json and curves.png.
+
+    Arguments
+    ---------
+    folder : str
+        Where to write.
+    rounds : list of str
+        Encoder folders of all rounds, in their order.
+    data_root : str
+        Folder that all sources lie in; it is left out of what is written.
+    licences : list of (str, str, str)
+        Beginning of the sources' names, what that set is, its licence; the longest beginning holds.
+    cores : str
+        What it was trained on.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        shutil.copyfile(Path(rounds[-1]) / name, folder / name)
+    reports = [json.loads((Path(r) / "training.json").read_text()) for r in rounds]
+    configs = [json.loads((Path(r) / "config.json").read_text()) for r in rounds]
+    data = reports[-1]["data"]
+    for report in reports:
+        report["config"] = relative(report["config"], data_root)
+        report["data"] = {k: v for k, v in report["data"].items() if k != "settings"}
+    (folder / "training.json").write_text(json.dumps({"rounds": reports}, indent=1) + "\n")
+
+    sets = {}
+    for source in data["settings"]["sources"]:
+        name = str(Path(source).relative_to(data_root))
+        start = max((s for s, _, _ in licences if name.startswith(s)), key=len, default=None)
+        if start is None:
+            raise ValueError(f"licences: nothing for {name}")
+        sets.setdefault(start, []).append(name)
+    described = {start: (what, licence) for start, what, licence in licences}
+    sources = [
+        f"| {described[s][0]}: {_listed(names)} | {described[s][1]} |" for s, names in sets.items()
+    ]
+    table = []
+    for number, (report, config) in enumerate(zip(reports, configs, strict=True), 1):
+        last, targets = report["history"][-1], report["targets"]
+        layers = report["config"].get("teacher_layers")
+        what = f"{len(targets['codebooks'])} × {report['config']['codes']} clusters of "
+        what += "cepstra" if targets["objective"] == "cepstra" else f"states after blocks {layers}"
+        table.append(
+            f"| {number} | {what} | {config['num_hidden_layers']} | {last['steps']} | "
+            f"{last['hours']:.1f} | {last['seconds']:.0f} | {last['valid']['masked_loss']:.2f} | "
+            f"{100 * last['valid']['masked_accuracy']:.1f} % |"
+        )
+    config = configs[-1]
+    stride = reports[-1]["config"]["stride"]
+    card = CARD.format(
+        name=folder.name,
+        parameters=(folder / "model.safetensors").stat().st_size / 2e6,
+        layers=config["num_hidden_layers"],
+        width=config["hidden_size"],
+        rate=100 / stride,
+        hours=data["hours"]["train"],
+        valid=data["hours"]["valid"],
+        rounds=len(rounds),
+        cores=cores,
+        table="\n".join(table),
+        skipped=", ".join(f"{count} {why}" for why, count in data["skipped"].items()) or "nothing",
+        sources="\n".join(sources),
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    _plot(reports, folder / "curves.png")
+
+
+def _listed(names):
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} … {names[-1]} ({len(names)} tables)"
+
+
+def _plot(reports, path):
+    figure, axes = plt.subplots(1, len(reports), figsize=(4 * len(reports), 3), squeeze=False)
+    for number, (report, axis) in enumerate(zip(reports, axes[0], strict=True), 1):
+        hours = [row["hours"] for row in report["history"]]
+        for part in ("train", "valid"):
+            losses = [row[part]["masked_loss"] for row in report["history"]]
+            axis.plot(hours, losses, marker=".", label=part)
+        unigram = sum(book["entropy"] for book in report["targets"]["codebooks"])
+        axis.axhline(unigram / len(report["targets"]["codebooks"]), ls=":", label="unigram")
+        axis.set(title=f"round {number}", xlabel="hours heard", ylabel="masked loss")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--rounds", nargs="+", required=True)
+    parser.add_argument("--data_root", required=True)
+    parser.add_argument("--licences", required=True, help="JSON: [[beginning, set, licence], …]")
+    parser.add_argument("--cores", default="2 CPU cores")
+    given = parser.parse_args()
+    table = json.loads(Path(given.licences).read_text(encoding="utf-8"))
+    publish(given.folder, given.rounds, given.data_root, table, given.cores)
