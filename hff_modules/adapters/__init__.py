@@ -189,21 +189,30 @@ def load_adapter(encoder: nn.Module, folder: str | Path, name: str | None = None
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSORS)
+        method, layers, options = config["method"], config["layers"], config["options"]
+        made_for, saved_name = config["encoder"], config["name"]
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"{folder} holds no readable adapter: {error}") from None
-    facts = _encoder_facts(encoder, config["layers"])
+    except (KeyError, TypeError) as error:
+        raise AdapterError(f"{folder / CONFIG} is no description of an adapter: {error}") from None
+    if method not in METHODS:
+        raise AdapterError(f"{folder / CONFIG}: method {method!r} is unknown")
+    if max(layers, default=0) > encoder.top:
+        raise AdapterError(
+            f"the adapter in {folder} is in layers {layers}; this encoder is cut above layer "
+            f"{encoder.top}"
+        )
+    facts = _encoder_facts(encoder, layers)
     differing = [
-        f"{key}: {config['encoder'].get(key)!r} in {folder}, {value!r} here"
+        f"{key}: {made_for.get(key)!r} in {folder}, {value!r} here"
         for key, value in facts.items()
-        if config["encoder"].get(key) != value
+        if made_for.get(key) != value
     ]
     if differing:
         raise AdapterError("the adapter was made for another encoder:\n  " + "\n  ".join(differing))
-    name = name or config["name"]
-    options = dict(config["options"])
-    if METHODS[config["method"]][0].in_layers:
-        options["layers"] = config["layers"]
-    adapter = attach(encoder, config["method"], name, **options)
+    name = name or saved_name
+    chosen = {"layers": layers} if METHODS[method][0].in_layers else {}
+    adapter = attach(encoder, method, name, **options, **chosen)
     expected = {key: tuple(t.shape) for key, t in adapter.tensors().items()}
     given = {key: tuple(t.shape) for key, t in tensors.items()}
     if expected != given:

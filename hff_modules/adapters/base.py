@@ -229,7 +229,8 @@ def select_rows(
     KeyError
         For a name that is not attached.
     ValueError
-        For a number of names that is not the batch's, or methods that cannot differ by utterance.
+        For an adapter that is switched off, a number of names that is not the batch's, or methods
+        that cannot differ by utterance.
     """
     if names is None:
         for adapter in adapters.values():
@@ -239,6 +240,9 @@ def select_rows(
     unknown = sorted({name for name in by_row if name is not None and name not in adapters})
     if unknown:
         raise KeyError(f"no adapter {unknown[0]!r} is attached; there are {list(adapters)}")
+    disabled = sorted({name for name in by_row if name is not None and not adapters[name].enabled})
+    if disabled:
+        raise ValueError(f"adapter {disabled[0]!r} is switched off; enable it first")
     if len(by_row) != batch:
         raise ValueError(f"{len(by_row)} adapter names were given for {batch} utterances")
     for name, adapter in adapters.items():

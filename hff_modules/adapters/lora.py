@@ -79,6 +79,12 @@ class LoRA(Adapter):
         super().__init__(layers, rank=rank, alpha=alpha, targets=targets, dropout=dropout)
         self._hosts: dict[str, nn.Linear] = {}
         self._unmerged: dict[str, torch.Tensor] = {}
+        self._trained: list[nn.Parameter] = []
+
+    @property
+    def switched_by_row(self) -> bool:
+        """Not while merged."""
+        return not self._unmerged
 
     def insert(self, encoder: nn.Module, number: int) -> None:  # noqa: D102
         rank, alpha = self.options["rank"], self.options["alpha"]
@@ -90,19 +96,29 @@ class LoRA(Adapter):
                 self.change_output(linear, functools.partial(_add_beside, part), reads=linear)
 
     def merge(self) -> None:
-        """Fold the changes into the weights: no time is spent on them any more."""
+        """Fold the changes into the weights: no time is spent on them any more, nor training."""
         if self._unmerged:
             return
+        for key, linear in self._hosts.items():
+            if hasattr(linear, "merged_into"):  # unmerging one would undo the other
+                raise AdapterError(f"{key}: another adapter is merged into this map; unmerge it")
+        self._trained = [p for p in self.parameters() if p.requires_grad]
+        self.requires_grad_(False)
         for key, part in self.parts.items():
-            weight = self._hosts[key].weight
-            self._unmerged[key] = weight.detach().clone()
-            weight.data += part.delta().detach()
+            linear = self._hosts[key]
+            linear.merged_into = True
+            self._unmerged[key] = linear.weight.detach().clone()
+            linear.weight.data += part.delta().detach()
 
     def unmerge(self) -> None:
         """Give the encoder its own weights back, bit for bit."""
         for key, weight in self._unmerged.items():
             self._hosts[key].weight.data.copy_(weight)
+            del self._hosts[key].merged_into
         self._unmerged.clear()
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        self._trained.clear()
 
     def set_enabled(self, enabled: bool) -> None:  # noqa: D102
         if not enabled:
