@@ -6,6 +6,7 @@ import torch
 from hff_modules import SSLEncoder, adapters
 from hff_modules.families import LayerCall, WhisperFamily
 from tests.conftest import FAMILIES
+from tests.test_adapters import small_options
 from tests.test_encoder import SAMPLES, speech
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -40,6 +41,17 @@ def test_layers_run_from_a_stored_state_as_in_the_whole_pass(family, make_encode
             for number in range(start + 1, 5):
                 hidden = encoder._family.run_layer(number, hidden, call)
                 assert torch.equal(hidden, states[number]), number
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompts", "p_adapter", "unipet"])
+@pytest.mark.parametrize("family", ["wavlm-base", "wav2vec2-conformer-rotary", "w2v-bert-2"])
+def test_stored_states_give_what_the_waveforms_give(method, family, make_encoder_folder, batch):
+    encoder = SSLEncoder(make_encoder_folder(family), layers=[1, 4]).eval()
+    adapters.attach(encoder, method, **small_options(method))
+    with torch.no_grad():
+        stored, lengths = encoder.encode(*batch)
+        restored, _ = encoder(stored, lengths / lengths.max())
+        assert torch.equal(restored, encoder(*batch)[0])
 
 
 def test_a_stored_state_of_whisper_without_the_silence_is_refused(make_encoder_folder):

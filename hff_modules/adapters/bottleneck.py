@@ -87,6 +87,8 @@ def places_of(places) -> list[str]:
 class SerialBottleneck(Adapter):
     """``x + bottleneck(x)`` on what a branch gives, before it is added to the residual.
 
+    Trained: ``2 D r + D + r`` per place, and ``2 D`` more with a norm.
+
     Arguments
     ---------
     layers : str | int | Sequence[int]
@@ -131,7 +133,7 @@ class TwoParallelAdapters(Adapter):
 
     ``y = x + ½ (FFN(x) + A(x))`` for each of the two half-step feed-forwards of a Conformer layer;
     a Transformer layer has one, ``y = x + FFN(x) + A(x)``. Lower blocks need them least: prune
-    them with ``layers="last:k"``.
+    them with ``layers="last:k"``. Trained: ``2 D r + D + r`` per feed-forward.
 
     Arguments
     ---------

@@ -49,6 +49,8 @@ def _add_beside(part: nn.Module, output: torch.Tensor, x: torch.Tensor) -> torch
 class LoRA(Adapter):
     """Low-rank changes of linear maps inside the layers.
 
+    Trained: ``rank (in + out)`` per map.
+
     Arguments
     ---------
     layers : str | int | Sequence[int]
