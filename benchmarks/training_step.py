@@ -1,0 +1,331 @@
+"""Time and memory of one training step: our methods, full fine-tuning, and peers, in one run.
+
+python benchmarks/training_step.py [--shape wav2vec2-base] [--batch 2] [--seconds 5] [--device cpu]
+
+Every row is a process of its own that builds the encoder with random weights (speed does not depend
+on them), takes steps of forward, CTC loss, backward and AdamW, and reports the median step and the
+peak of memory above that of the loaded model. Ratios are against full
+fine-tuning as SpeechBrain's own recipes do it: its wav2vec 2.0 wrapper with
+``freeze_feature_extractor=True``. Peers are used as their documentation shows.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from hff_modules import HierarchicalFusion, SSLEncoder, WeightedSum, adapters
+from hff_modules.measure import Meter, versions, write_results
+
+CONFIGS = {
+    "wav2vec2-base": lambda: transformers.Wav2Vec2Config(),
+    "wav2vec2-large": lambda: transformers.Wav2Vec2Config(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        conv_bias=True,
+    ),
+    "w2v-bert-2": lambda: transformers.Wav2Vec2BertConfig(),
+}
+UNITS = 32
+BASELINE = "SpeechBrain full fine-tuning"
+
+
+class Step(nn.Module):
+    """Encoder, fusion and a linear head; calling it gives a CTC loss."""
+
+    def __init__(self, encoder: nn.Module, fusion: nn.Module, size: int):
+        super().__init__()
+        self.encoder, self.fusion, self.head = encoder, fusion, nn.Linear(size, UNITS)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Loss for whatever the encoder reads."""
+        log_probs = self.head(self.fusion(self.encoder(*inputs))).log_softmax(-1).transpose(0, 1)
+        frames, batch = log_probs.shape[:2]
+        targets = torch.randint(1, UNITS, (batch, frames // 5), device=log_probs.device)
+        full = torch.full((batch,), frames), torch.full((batch,), targets.shape[1])
+        return nn.functional.ctc_loss(log_probs, targets, *full)
+
+
+class Fused(nn.Module):
+    """A fusion of what ``SSLEncoder`` gives; the highest state without one."""
+
+    def __init__(self, fusion: nn.Module | None = None):
+        super().__init__()
+        self.fusion = fusion
+
+    def forward(self, given: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:  # noqa: D102
+        states, lengths = given
+        return states[-1] if self.fusion is None else self.fusion(states, lengths)
+
+
+class OfHuggingFace(nn.Module):
+    """A Hugging Face model by its last state or the stack of all; under ``no_grad`` if frozen."""
+
+    def __init__(self, model: nn.Module, every_state: bool = False, frozen: bool = False):
+        super().__init__()
+        self.model, self.every_state, self.frozen = model, every_state, frozen
+        if frozen:
+            model.requires_grad_(False)
+
+    def forward(self, wavs: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        with torch.set_grad_enabled(not self.frozen):
+            out = self.model(wavs, output_hidden_states=self.every_state)
+        return torch.stack(out.hidden_states) if self.every_state else out.last_hidden_state
+
+
+def ours(
+    layers="last:1", attached: dict | None = None, fused=False, precision="fp32", warm=False
+) -> Callable:
+    """A row of ours: adapters by method, hierarchical fusion or the last state, trunk precision."""
+
+    def build(folder: Path, wavs: torch.Tensor):
+        encoder = SSLEncoder(str(folder), layers, precision, pretrained=False).to(wavs.device)
+        for method, options in (attached or {}).items():
+            adapters.attach(encoder, method, **options)
+        inputs = (wavs,)
+        if warm:
+            stored, _ = encoder.encode(wavs)
+            inputs = (stored.half(), wavs.new_ones(len(wavs)))
+        size = encoder.hidden_size
+        fusion = HierarchicalFusion(len(encoder.layers), size, 256) if fused else None
+        return Step(encoder, Fused(fusion), size), inputs
+
+    return build
+
+
+def trunk_alone(layers) -> Callable:
+    """The floor: the truncated encoder's forward pass by Hugging Face itself, nothing trained."""
+
+    def build(folder: Path, wavs: torch.Tensor):
+        model = transformers.AutoModel.from_pretrained(_with_weights(folder)).eval()
+        model.requires_grad_(False)
+        model.encoder.layers = model.encoder.layers[: max(layers)]
+        return OfHuggingFace(model, frozen=True), (wavs,)
+
+    return build
+
+
+def speechbrain_full(folder: Path, wavs: torch.Tensor):
+    """SpeechBrain's wrapper as its wav2vec 2.0 recipes use it."""
+    encoder = _speechbrain_wrapper(folder, freeze=False, freeze_feature_extractor=True)
+    return Step(encoder, nn.Identity(), encoder.config.hidden_size), (wavs,)
+
+
+def speechbrain_houlsby(folder: Path, wavs: torch.Tensor):
+    """SpeechBrain's Houlsby adapters on the feed-forwards and attention outputs."""
+    from speechbrain.nnet.adapters import HoulsbyAdapterLinear
+
+    layers = ["*.output_dense", "*.out_proj", "*.ffn*.output_dense", "*.linear_out"]
+    return _speechbrain_adapted(
+        folder, wavs, HoulsbyAdapterLinear, layers, {"projection_size": 256}
+    )
+
+
+def speechbrain_lora(folder: Path, wavs: torch.Tensor):
+    """SpeechBrain's LoRA on queries and values, rank 8."""
+    from speechbrain.nnet.adapters import LoRA
+
+    layers = ["*.q_proj", "*.v_proj", "*.linear_q", "*.linear_v"]
+    return _speechbrain_adapted(folder, wavs, LoRA, layers, {"rank": 8})
+
+
+def speechbrain_weighted_sum(folder: Path, wavs: torch.Tensor):
+    """SpeechBrain's ``WeightedSSLModel``, frozen."""
+    from speechbrain.integrations.huggingface.weighted_ssl import WeightedSSLModel
+
+    encoder = WeightedSSLModel(str(_with_weights(folder)), str(folder), freeze=True)
+    return Step(encoder, nn.Identity(), encoder.config.hidden_size), (wavs,)
+
+
+def peft_lora(folder: Path, wavs: torch.Tensor):
+    """PEFT's LoRA on queries and values, rank 8."""
+    from peft import LoraConfig, get_peft_model
+
+    model = transformers.AutoModel.from_pretrained(_with_weights(folder))
+    targets = ["q_proj", "v_proj", "linear_q", "linear_v"]
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=targets))
+    return Step(OfHuggingFace(model), nn.Identity(), model.config.hidden_size), (wavs,)
+
+
+def s3prl_weighted_sum(folder: Path, wavs: torch.Tensor):
+    """A frozen encoder under no_grad, all states, weighted sum: s3prl's way."""
+    model = transformers.AutoModel.from_pretrained(_with_weights(folder)).eval()
+    size = model.config.hidden_size
+    fusion = WeightedSum(model.config.num_hidden_layers + 1, size)
+    return Step(OfHuggingFace(model, every_state=True, frozen=True), fusion, size), (wavs,)
+
+
+def _speechbrain_wrapper(folder: Path, **settings):
+    from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
+
+    return Wav2Vec2(str(_with_weights(folder)), str(folder), **settings)
+
+
+def _speechbrain_adapted(folder, wavs, kind, layers, settings):
+    from speechbrain.nnet.adapters import AdaptedModel
+
+    encoder = _speechbrain_wrapper(folder, freeze=False, freeze_feature_extractor=True)
+    size = encoder.config.hidden_size
+    adapted = AdaptedModel(encoder, kind, target_layers=layers, adapter_kwargs=settings)
+    return Step(adapted, nn.Identity(), size), (wavs,)
+
+
+def _with_weights(folder: Path) -> Path:
+    """The peers load weights from disk: make them, random ones."""
+    if not (folder / "model.safetensors").exists():
+        config = transformers.AutoConfig.from_pretrained(folder)
+        transformers.AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+TPA, HOULSBY = {"bottleneck": 256}, {"bottleneck": 256}
+ROWS: dict[str, Callable] = {
+    BASELINE: speechbrain_full,
+    "SpeechBrain Houlsby (r=256)": speechbrain_houlsby,
+    "SpeechBrain LoRA (r=8)": speechbrain_lora,
+    "SpeechBrain weighted sum, frozen": speechbrain_weighted_sum,
+    "PEFT LoRA (r=8)": peft_lora,
+    "s3prl-style weighted sum, frozen": s3prl_weighted_sum,
+    "trunk forward alone, cut at 9": trunk_alone([3, 6, 9]),
+    "fusion [3,6,9]": ours([3, 6, 9], fused=True),
+    "fusion [3,6,9], trunk in bf16": ours([3, 6, 9], fused=True, precision="bf16"),
+    "fusion [3,6,9], warm cache": ours([3, 6, 9], fused=True, warm=True),
+    "TPA everywhere": ours("last:1", {"tpa": TPA}),
+    "TPA everywhere + fusion": ours("every:3", {"tpa": TPA}, fused=True),
+    "Houlsby everywhere": ours("last:1", {"houlsby": HOULSBY}),
+    "TPA in 1-9, cut at 9": ours([9], {"tpa": TPA}),
+    "TPA in 7-9, cut at 9": ours([9], {"tpa": {**TPA, "layers": "last:3"}}),
+    "TPA in 7-9, warm cache": ours([9], {"tpa": {**TPA, "layers": "last:3"}}, warm=True),
+    "LoRA (r=8)": ours("last:1", {"lora": {}}),
+    "BitFit": ours("last:1", {"bitfit": {}}),
+    "our full fine-tuning": ours("last:1", {"full": {}}),
+}
+
+
+def measure(row: str, folder: Path, batch: int, seconds: float, device: str, steps: int) -> dict:
+    """Run one row in this process.
+
+    Returns
+    -------
+    dict
+        ``step_seconds`` (median) and ``memory_mb`` (peak of the steps above the loaded model).
+    """
+    meter = Meter(device)
+    torch.manual_seed(0)
+    wavs = 0.1 * torch.randn(batch, int(16000 * seconds), device=device)
+    model, inputs = ROWS[row](folder, wavs)
+    model = model.to(device).train()
+    for parameter in model.parameters():  # mapped files are not in memory until they are touched
+        parameter.data = parameter.data.clone()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+    gc.collect()
+    meter.reset_peak()
+    meter.read_peak()
+    loaded, times = meter.peak_memory_mb, []
+    for _ in range(steps + 1):  # the first one warms up
+        meter.synchronize()
+        start = time.perf_counter()
+        out = model(*inputs)
+        if optimizer is not None:
+            optimizer.zero_grad()
+            out.backward()
+            optimizer.step()
+        del out
+        meter.synchronize()
+        times.append(time.perf_counter() - start)
+    meter.read_peak()
+    return {
+        "step_seconds": statistics.median(times[1:]),
+        "memory_mb": meter.peak_memory_mb - loaded,
+        "trainable_parameters": sum(p.numel() for p in trained),
+    }
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Markdown: speed and memory against the baseline; a row that failed says why."""
+    base = rows.get(BASELINE, {})
+    lines = ["| what | step ms | speed | memory MB | memory | trained |", "| --- " * 6 + "|"]
+    for name, row in rows.items():
+        if "error" in row:
+            lines.append(f"| {name} | failed: {row['error']} | | | | |")
+            continue
+        speed = memory = ""
+        if "step_seconds" in base:
+            speed = f"× {base['step_seconds'] / row['step_seconds']:.2f}"
+            memory = f"{row['memory_mb'] / base['memory_mb']:.3f}"
+        lines.append(
+            f"| {name} | {1000 * row['step_seconds']:.0f} | {speed} | {row['memory_mb']:.0f} | "
+            f"{memory} | {row['trainable_parameters']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def in_own_process(row: str, folder: Path, options: argparse.Namespace) -> dict:
+    """Measure one row; an error becomes a row."""
+    command = [sys.executable, __file__, "--one", row, "--folder", str(folder)]
+    for key in ("batch", "seconds", "device", "steps"):
+        command += [f"--{key}", str(getattr(options, key))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode == 0 and lines:
+        return json.loads(lines[-1])
+    return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:120]}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--shape", choices=list(CONFIGS), default="wav2vec2-base")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rows", nargs="*", help="parts of the names of the rows to measure")
+    parser.add_argument("--output", default=None, help="JSON file; by default beside this script")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        settings = (options.batch, options.seconds, options.device, options.steps)
+        print(json.dumps(measure(options.one, Path(options.folder), *settings)))
+        return
+    chosen = [r for r in ROWS if not options.rows or any(part in r for part in options.rows)]
+    output = options.output or Path(__file__).with_name(f"{options.shape}-{options.device}.json")
+    rows: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = CONFIGS[options.shape]()
+        config.layerdrop = 0.0  # all of them compute all layers
+        config.save_pretrained(folder)
+        kind = transformers.Wav2Vec2FeatureExtractor
+        if options.shape == "w2v-bert-2":
+            kind = transformers.SeamlessM4TFeatureExtractor
+        kind().save_pretrained(folder)
+        for row in chosen:
+            rows[row] = in_own_process(row, folder, options)
+            print(f"{row}: {rows[row]}", flush=True)
+            keys = ("shape", "batch", "seconds", "device", "steps")
+            settings = {key: getattr(options, key) for key in keys}
+            settings["threads"] = torch.get_num_threads()
+            write_results(output, {**settings, "rows": rows, "versions": versions()})
+    print(f"\n{table(rows)}\n\nin {output}")
+
+
+if __name__ == "__main__":
+    main()
