@@ -318,7 +318,7 @@ class SSLEncoder(nn.Module):
             if adapter.enabled and adapter.lowest_changed() <= self.horizon
         }
         return {
-            "weights": self.fingerprint_up_to(self.horizon),
+            "weights": {str(k): self.fingerprint_up_to(k) for k in self.stored_layers},
             "precision": self.precision,
             "adapters": frozen,
         }

@@ -89,7 +89,7 @@ def test_another_encoder_layer_choice_precision_or_type_has_another_place(encode
     ]
     assert len(set(places)) == len(places)
     assert place() == places[0]
-    assert json.loads((places[0] / "key.json").read_text())["layers"] == [1, 2, 4]
+    assert list(json.loads((places[0] / "key.json").read_text())["weights"]) == ["1", "2", "4"]
 
 
 def test_what_lies_above_the_horizon_does_not_matter(encoder_folder, tmp_path):
@@ -109,6 +109,21 @@ def test_a_frozen_adapter_below_the_horizon_has_a_place_of_its_own(encoder_folde
     adapter.requires_grad_(False)
     assert adapted.horizon == 4
     assert StateCache(tmp_path, adapted).folder != StateCache(tmp_path, plain).folder
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_more_layers_of_the_same_encoder_serve_for_fewer(dtype, encoder_folder, wavs, tmp_path):
+    whole = StateCache(tmp_path / "cache", SSLEncoder(encoder_folder, layers="all"), dtype)
+    whole.fill(wavs, SECONDS, progress=False)
+    part = StateCache(tmp_path / "cache", SSLEncoder(encoder_folder, layers=[0, 2]), dtype)
+    assert part.fill(wavs, SECONDS, progress=False)["utterances"] == 0
+    for path in wavs:
+        assert torch.equal(part.read(path), whole.read(path)[:, [0, 2]])
+    for other in (
+        StateCache(tmp_path / "cache", SSLEncoder(encoder_folder, layers=2), "fp32"),
+        StateCache(tmp_path / "cache", SSLEncoder(encoder_folder, 2, pretrained=False), dtype),
+    ):
+        assert other.fill(wavs, SECONDS, progress=False)["utterances"] == 4
 
 
 def test_changed_audio_under_the_same_name_is_not_taken_for_the_old(encoder, wavs, tmp_path):

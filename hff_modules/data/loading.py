@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset, FilteredSortedDynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler
-from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 
 from hff_modules.cache import StateCache
@@ -71,6 +71,8 @@ def filled_cache(
     rows = [dataset.data[name] for dataset in datasets for name in dataset.data_ids]
     wavs, seconds = [row["wav"] for row in rows], [row["duration"] for row in rows]
     run_on_main(cache.fill, args=[wavs, seconds, hparams["batch_seconds"]])
+    if not if_main_process():
+        cache.fill(wavs, seconds)  # nothing is missing any more: finds out where to read
     return cache
 
 
