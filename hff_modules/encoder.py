@@ -7,21 +7,16 @@ and no LayerDrop, in training as in evaluation.
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
-from transformers.utils import cached_file
-from transformers.utils import logging as hf_logging
 
 from hff_modules.adapters.base import join_frames, select_rows
-from hff_modules.families import FAMILIES, Family, KeyValueHook, LayerParts, LogMelFamily
+from hff_modules.families import KeyValueHook, LayerParts
 from hff_modules.layers import LayerSpec, parse_layers
+from hff_modules.source import fingerprints, hash_tensors, load_family
 
-BUILTIN = Path(__file__).parent / "pretrained" / "conformer-small"
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -74,7 +69,7 @@ class SSLEncoder(nn.Module):
             raise ValueError(f"precision={precision!r}: expected one of {', '.join(_PRECISIONS)}")
         self.source, self.precision = source, precision
         self.untrained = not pretrained
-        family = _load(source, pretrained, revision, seed)
+        family = load_family(source, pretrained, revision, seed)
         self.revision = getattr(family.model.config, "_commit_hash", None)
         self.num_layers = len(family.layers)
         self.layers = parse_layers(layers, self.num_layers)
@@ -85,7 +80,7 @@ class SSLEncoder(nn.Module):
         self.model = family.model
         self.adapters = nn.ModuleDict()  # by name; see hff_modules.adapters
         self._family = family
-        self._fingerprints = _fingerprints(family)
+        self._fingerprints = fingerprints(family)
         self.train(self.training)
 
     @property
@@ -235,9 +230,15 @@ class SSLEncoder(nn.Module):
 
     @property
     def stored_layers(self) -> list[int]:
-        """The states that training cannot change and that the rest follows from."""
+        """The states that training cannot change and that the rest follows from.
+
+        None if training reaches the front end, or if it reaches into Whisper: its layers also read
+        the silence behind the speech, which is not kept.
+        """
+        if self.horizon < 0 or (self.horizon < self.top and self._family.hears_padding):
+            return []
         below = [number for number in self.layers if number <= self.horizon]
-        return sorted({*below, self.horizon}) if self.horizon >= 0 else []
+        return sorted({*below, self.horizon})
 
     @torch.no_grad()
     def encode(
@@ -313,7 +314,7 @@ class SSLEncoder(nn.Module):
     def frozen_manifest(self) -> dict:
         """Everything that decides about ``stored_layers`` besides the audio; JSON-able."""
         frozen = {
-            name: [adapter.method, adapter.options, _hash(adapter.tensors())]
+            name: [adapter.method, adapter.options, hash_tensors(adapter.tensors())]
             for name, adapter in self.adapters.items()
             if adapter.enabled and adapter.lowest_changed() <= self.horizon
         }
@@ -351,116 +352,3 @@ class SSLEncoder(nn.Module):
         dtype = _PRECISIONS[self.precision]
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
             yield
-
-
-def _load(source: str, pretrained: bool, revision: str | None, seed: int) -> Family:
-    if source == "logmel":
-        return LogMelFamily()
-    name = str(BUILTIN) if source == "builtin" else str(source)
-    if Path(name).is_dir():
-        config = _read_json(Path(name) / "config.json")
-        model_type = config.get("model_type")
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"encoder {name!r}: there is no such folder")
-    else:
-        model_type = AutoConfig.from_pretrained(name, revision=revision).model_type
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"encoder {name!r} is of the family {model_type!r}; "
-            f"known families: {', '.join(sorted(FAMILIES))}"
-        )
-    model = _pretrained(name, revision) if pretrained else _random(name, revision, seed)
-    model = model.encoder if model_type == "whisper" else model
-    return FAMILIES[model_type](model, _preprocessor(name, revision))
-
-
-def _pretrained(name: str, revision: str | None) -> nn.Module:
-    if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
-        raise FileNotFoundError(
-            f"encoder folder {name!r} has no *.safetensors file; weights in other formats are not "
-            "read, as opening them can execute code"
-        )
-    with _quiet():
-        model, loading = AutoModel.from_pretrained(
-            name,
-            revision=revision,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    missing = [key for key in loading["missing_keys"] if not key.endswith("masked_spec_embed")]
-    if missing:
-        raise ValueError(
-            f"encoder {name!r}: its weights lack {len(missing)} tensors that its config.json asks "
-            f"for, such as {sorted(missing)[0]!r}"
-        )
-    return model
-
-
-@contextlib.contextmanager
-def _quiet():
-    """No progress bar and no report on unused heads; what matters is checked right after."""
-    bars, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def _random(name: str, revision: str | None, seed: int) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return AutoModel.from_config(AutoConfig.from_pretrained(name, revision=revision)).float()
-
-
-def _preprocessor(name: str, revision: str | None) -> dict:
-    path = Path(name) / "preprocessor_config.json"
-    if not Path(name).is_dir():
-        found = cached_file(
-            name,
-            path.name,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-        path = Path(found) if found else path
-    return _read_json(path) if path.is_file() else {}
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: this is no encoder folder") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
-def _fingerprints(family: Family) -> list[str]:
-    """Hash of everything outside the layers, then one of each layer."""
-    in_layers = {id(tensor) for tensor in family.layers.state_dict(keep_vars=True).values()}
-    outside = {
-        name: tensor
-        for name, tensor in family.model.state_dict(keep_vars=True).items()
-        if id(tensor) not in in_layers and tensor is not None
-    }
-    if family.final_norm is not None:  # above the layers, so the last layer's business
-        for name, tensor in list(outside.items()):
-            if any(tensor is p for p in family.final_norm.parameters()):
-                del outside[name]
-    hashes = [_hash(outside, json.dumps(family.preprocessor, sort_keys=True))]
-    hashes += [_hash(layer.state_dict()) for layer in family.layers]
-    if family.final_norm is not None:
-        hashes[-1] = _hash(family.final_norm.state_dict(), hashes[-1])
-    return hashes
-
-
-def _hash(tensors: dict[str, torch.Tensor], text: str = "") -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -197,6 +197,13 @@ def test_full_fine_tuning_has_nothing_to_cache(encoder_folder, tmp_path):
         StateCache(tmp_path, encoder)
 
 
+def test_nothing_is_stored_of_an_adapted_whisper(make_encoder_folder):
+    encoder = SSLEncoder(make_encoder_folder("whisper"), layers=[2, 4])
+    assert encoder.stored_layers == [2, 4]
+    adapters.attach(encoder, "tpa", layers="last:1", bottleneck=4)
+    assert encoder.horizon == 3 and encoder.stored_layers == []
+
+
 def test_an_unknown_type_is_refused(encoder, tmp_path):
     with pytest.raises(CacheError, match="dtype='int4'.*fp32, fp16, bf16, int8"):
         StateCache(tmp_path, encoder, "int4")
