@@ -34,7 +34,7 @@ TINY = {
     "intermediate_size": 96,
     "codebooks": 1,
     "codes": 16,
-    "batch_frames": 400,
+    "batch_frames": 150,
     "warmup_steps": 5,
     "lr_encoder": 0.005,
     "lr_head": 0.01,
@@ -87,7 +87,7 @@ def _arguments(speech, folder, **changes):
 @pytest.fixture(scope="module")
 def trained(speech, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretraining")
-    _recipe_main()(_arguments(speech, folder, max_steps=60))
+    _recipe_main()(_arguments(speech, folder, max_steps=75))
     return folder
 
 
@@ -108,10 +108,10 @@ def test_a_short_pretraining_beats_the_most_frequent_code(trained):
 
 def test_a_run_goes_on_where_it_stopped(speech, trained):
     before = _history(trained)
-    _recipe_main()(_arguments(speech, trained, max_steps=70))
+    _recipe_main()(_arguments(speech, trained, max_steps=80))
     after = _history(trained)
     assert after[: len(before)] == before
-    assert before[-1]["steps"] == 60 and after[-1]["steps"] == 70
+    assert before[-1]["steps"] == 75 and after[-1]["steps"] == 80
     assert after[-1]["valid"]["masked_loss"] < before[0]["valid"]["masked_loss"]
     assert after[-1]["hours"] > before[-1]["hours"]
 

@@ -12,6 +12,7 @@ import os
 import random
 import re
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -167,13 +168,14 @@ def prepare_speech(
         found += [(path, f"{source}/{speaker}") for path, speaker in find_audio(source)]
     skipped, rows, offset = Counter(), [], 0
     jobs = [(path, stride, rules) for path, _ in found]
-    with (
-        multiprocessing.get_context("spawn").Pool(workers, _single_thread) as pool,
-        open(folder / "features.f16.part", "wb") as out,
-    ):
-        for (path, speaker), (reason, mels) in zip(
-            found, pool.imap(_process, jobs, chunksize=16), strict=True
-        ):
+    with ExitStack() as stack:
+        out = stack.enter_context(open(folder / "features.f16.part", "wb"))
+        results = map(_process, jobs)
+        if workers > 1:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(context.Pool(workers, torch.set_num_threads, (1,)))
+            results = pool.imap(_process, jobs, chunksize=16)
+        for (path, speaker), (reason, mels) in zip(found, results, strict=True):
             if reason:
                 skipped[reason] += 1
                 logger.warning("skipped (%s): %s", reason, path)
@@ -199,10 +201,6 @@ def prepare_speech(
     part.write_text(json.dumps(report, indent=1))
     os.replace(part, done)
     return report
-
-
-def _single_thread():
-    torch.set_num_threads(1)
 
 
 def _hold_out(rows, frames, seed):

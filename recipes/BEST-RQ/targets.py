@@ -188,13 +188,19 @@ def states_of(teacher, features, bounds, layers, path, workers=2):
             batches.append([])
         batches[-1].append(bound)
     load = (teacher, features.filename, features.shape, layers, path, shape)
-    with multiprocessing.get_context("spawn").Pool(workers, _load_teacher, load) as pool:
-        pool.map(_keep_states, batches, chunksize=8)
+    if workers > 1:
+        with multiprocessing.get_context("spawn").Pool(workers, _load_teacher, load) as pool:
+            pool.map(_keep_states, batches, chunksize=8)
+    else:
+        _load_teacher(*load)
+        for batch in batches:
+            _keep_states(batch)
     return states
 
 
 def _load_teacher(teacher, features, features_shape, layers, path, shape):
-    torch.set_num_threads(1)
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)
     model = Wav2Vec2BertModel.from_pretrained(teacher, dtype=torch.float32).eval()
     del model.encoder.layers[max(layers) :]
     _LOADED["model"], _LOADED["layers"] = model, layers
