@@ -21,7 +21,7 @@ def main(argv: list[str]) -> dict:
     hparams, run_opts = load_config(argv, BASE)
     sb.create_experiment_directory(hparams["output_folder"])
     folder = Path(hparams["data_folder"])
-    run_on_main(prepare_spoken, args=[folder])
+    run_on_main(prepare_spoken, args=[folder], kwargs=hparams["utterances"])
     return train_ctc(
         hparams,
         run_opts,
