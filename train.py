@@ -3,13 +3,13 @@
 python train.py hparams/fusion.yaml [--key value ...] [SpeechBrain's run options]
 """
 
-import sys
 from pathlib import Path
 
 import speechbrain as sb
 from speechbrain.utils.distributed import run_on_main
 
 from hff_modules.brains import train_ctc
+from hff_modules.cli import run
 from hff_modules.config import load_config
 from hff_modules.data import prepare_spoken
 
@@ -33,4 +33,4 @@ def main(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

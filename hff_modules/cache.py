@@ -169,7 +169,12 @@ class StateCache:
         )
         start, mode = time.perf_counter(), self.encoder.training
         self.encoder.eval()
-        bar = tqdm(total=round(sum(todo.values())), unit="s", disable=not progress, desc="caching")
+        bar = tqdm(
+            total=round(sum(todo.values())),
+            unit=" s of speech",
+            desc="caching",
+            disable=None if progress else True,  # None: a bar in a terminal, nothing in a log file
+        )
         try:
             for batch in _batches(todo, batch_seconds):
                 self._compute(batch)

@@ -4,7 +4,6 @@ python train.py hparams/fusion.yaml --data_folder /data/LibriSpeech [--key value
 torchrun --nproc_per_node=4 train.py hparams/fusion.yaml --data_folder /data/LibriSpeech
 """
 
-import sys
 from pathlib import Path
 
 import speechbrain as sb
@@ -12,6 +11,7 @@ from librispeech_prepare import prepare_librispeech
 from speechbrain.utils.distributed import run_on_main
 
 from hff_modules.brains import train_ctc
+from hff_modules.cli import run
 from hff_modules.config import load_config
 
 BASE = Path(__file__).parent / "hparams" / "librispeech.yaml"
@@ -40,4 +40,4 @@ def main(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)
