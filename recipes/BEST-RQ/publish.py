@@ -31,7 +31,8 @@ It is for development, tests and comparisons of methods on small data, not a mat
 thousands of hours.
 
 ## How it was made
-`recipes/BEST-RQ` of this package: masked prediction of cluster numbers, {rounds} rounds on {cores}.
+`recipes/BEST-RQ` of this package: masked prediction of cluster numbers, on {cores};
+rounds: {rounds}.
 
 | round | targets | blocks | steps | hours heard | seconds | held-out loss | accuracy |
 | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -115,7 +116,7 @@ def publish(folder, rounds, data_root, licences, cores):
         what = f"{len(targets['codebooks'])} × {report['config']['codes']} clusters of "
         what += "cepstra" if targets["objective"] == "cepstra" else f"states after blocks {layers}"
         table.append(
-            f"| {number} | {what} | {config['num_hidden_layers']} | {last['steps']} | "
+            f"| {number} | {what} | {report['config']['num_layers']} | {last['steps']} | "
             f"{last['hours']:.1f} | {last['seconds']:.0f} | {last['valid']['masked_loss']:.2f} | "
             f"{100 * last['valid']['masked_accuracy']:.1f} % |"
         )
