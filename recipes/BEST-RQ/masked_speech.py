@@ -41,15 +41,18 @@ class Pretrainer(nn.Module):
         Size of a codebook.
     init : str, optional
         Hugging Face folder to take the encoder's weights from (a second round).
+    local_attention : bool
+        Start with `start_with_local_attention`.
     """
 
-    def __init__(self, config, codebooks, codes, init=None):
+    def __init__(self, config, codebooks, codes, init=None, local_attention=True):
         super().__init__()
         config._attn_implementation = "eager"
         modeling_wav2vec2_bert._apply_relative_key_position_encoding = relative_key_scores
         self.encoder = Wav2Vec2BertModel(config)
         start_as_identity(self.encoder)
-        start_with_local_attention(self.encoder)
+        if local_attention:
+            start_with_local_attention(self.encoder)
         if init:
             grow_from(Wav2Vec2BertModel.from_pretrained(init, dtype=torch.float32), self.encoder)
         self.codebooks = codebooks

@@ -91,7 +91,7 @@ def publish(folder, rounds, data_root, licences, cores):
     for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
         shutil.copyfile(Path(rounds[-1]) / name, folder / name)
     reports = [json.loads((Path(r) / "training.json").read_text()) for r in rounds]
-    configs = [json.loads((Path(r) / "config.json").read_text()) for r in rounds]
+    config = json.loads((Path(rounds[-1]) / "config.json").read_text())
     data = reports[-1]["data"]
     for report in reports:
         report["config"] = relative(report["config"], data_root)
@@ -110,7 +110,7 @@ def publish(folder, rounds, data_root, licences, cores):
         f"| {described[s][0]}: {_listed(names)} | {described[s][1]} |" for s, names in sets.items()
     ]
     table = []
-    for number, (report, config) in enumerate(zip(reports, configs, strict=True), 1):
+    for number, report in enumerate(reports, 1):
         last, targets = report["history"][-1], report["targets"]
         layers = report["config"].get("teacher_layers")
         what = f"{len(targets['codebooks'])} × {report['config']['codes']} clusters of "
@@ -120,7 +120,6 @@ def publish(folder, rounds, data_root, licences, cores):
             f"{last['hours']:.1f} | {last['seconds']:.0f} | {last['valid']['masked_loss']:.2f} | "
             f"{100 * last['valid']['masked_accuracy']:.1f} % |"
         )
-    config = configs[-1]
     stride = reports[-1]["config"]["stride"]
     card = CARD.format(
         name=folder.name,

@@ -160,7 +160,11 @@ def main(argv):
     }
     torch.manual_seed(hparams["seed"])
     pretrainer = Pretrainer(
-        hparams["encoder"], hparams["codebooks"], hparams["codes"], hparams["init"]
+        hparams["encoder"],
+        hparams["codebooks"],
+        hparams["codes"],
+        hparams["init"],
+        hparams["local_attention"],
     )
     progress = Progress()
     brain = Pretraining(
