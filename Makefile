@@ -17,8 +17,9 @@ $(VENV)/ready: setup.py
 demo: setup
 	$(BIN)/python train.py hparams/fusion.yaml
 
+# One thread in each of as many processes as there are cores: the tests are many and small.
 test: setup lint
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile tests
 
 lint: setup
 	$(BIN)/ruff check .

@@ -34,6 +34,6 @@ setup(
     extras_require={
         "plots": ["matplotlib>=3.8"],
         "peers": ["peft>=0.18"],
-        "dev": ["pytest>=8", "ruff>=0.9", "peft>=0.18", "matplotlib>=3.8"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "peft>=0.18", "matplotlib>=3.8"],
     },
 )
