@@ -132,6 +132,15 @@ def test_the_result_is_a_folder_that_transformers_and_the_encoder_load(trained):
     assert states.shape == (3, 1, int(lengths[0]), 48)
 
 
+def test_bf16_is_a_run_option(speech, trained, tmp_path, caplog):
+    arguments = _arguments(speech, tmp_path, max_steps=3, precision="bf16")
+    with caplog.at_level(logging.INFO):
+        _recipe_main()(arguments + ["--prepared_folder", str(trained / "prepared")])
+    assert any("training precision" in m and "bf16" in m for m in caplog.messages)
+    losses = [row["train"]["masked_loss"] for row in _history(tmp_path)]
+    assert np.isfinite(losses).all()
+
+
 def test_stored_log_mels_are_those_of_transformers(trained):
     features, _ = masked_speech.load_prepared(trained / "prepared", "train")
     line = (trained / "prepared" / "train.csv").read_text().splitlines()[1].split(",")
