@@ -156,8 +156,8 @@ def test_a_prefix_is_attended_to_like_any_key_without_position(family, make_enco
     recorder.remove()
 
 
-def test_prefixes_of_two_adapters_are_taken_off_one_by_one(encoder_folder, batch):
-    encoder = SSLEncoder(encoder_folder, layers=4).eval()
+def test_prefixes_of_two_adapters_are_taken_off_one_by_one(make_encoder_folder, batch):
+    encoder = SSLEncoder(make_encoder_folder("hubert-base"), layers=4).eval()
     with torch.no_grad():
         plain = encoder(*batch)[0]
         adapters.attach(encoder, "prefix", name="one", length=2)

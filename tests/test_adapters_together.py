@@ -167,7 +167,7 @@ def base_encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     Wav2Vec2Config().save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
-        patch.setattr(hff_modules.encoder, "_fingerprints", lambda family: [""] * 13)
+        patch.setattr(hff_modules.encoder, "fingerprints", lambda family: [""] * 13)
         return SSLEncoder(str(folder), pretrained=False)
 
 
