@@ -140,15 +140,13 @@ def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
-def table(results: Mapping[str, Any], untrained: bool = False) -> str:
+def table(results: Mapping[str, Any]) -> str:
     """Say in a few lines what was trained, how fast, with how much memory and how well.
 
     Arguments
     ---------
     results : Mapping[str, Any]
         As in ``results.json``.
-    untrained : bool
-        The encoder's weights are random: scores say nothing about the method.
 
     Returns
     -------
@@ -158,7 +156,7 @@ def table(results: Mapping[str, Any], untrained: bool = False) -> str:
     total = results["total_parameters"] or 1
     rows = [
         ("method", results["method"]),
-        ("encoder", encoder + ("  ** untrained encoder: random weights **" if untrained else "")),
+        ("encoder", encoder),
         ("horizon", f"layer {results['horizon']}: nothing at or below it is trained"),
         ("trained, encoder + fusion", f"{results['trainable_encoder_parameters']:,}"),
         (

@@ -120,6 +120,13 @@ def test_every_method_trains_tests_and_leaves_its_results(
     assert bool(in_encoder) == (written["horizon"] < 4)
 
 
+def test_random_weights_are_called_untrained_in_results_and_table(job, tmp_path, capsys):
+    options = ["--encoder_pretrained", "false", "--number_of_epochs", "1", "--layers", "[2, 4]"]
+    results = job(tmp_path, *options, count=2)
+    assert results["encoder"].endswith(" (untrained)")
+    assert " (untrained), layers 2, 4" in capsys.readouterr().out
+
+
 def test_the_loss_falls(job, tmp_path):
     options = ["--number_of_epochs", "12", "--lr_head", "0.02", "--lr_fusion", "0.02"]
     job(tmp_path, *options, "--layers", "[2, 4]", "--patience", "12")
@@ -152,8 +159,12 @@ def test_stored_states_train_like_waveforms_and_are_computed_once(job, tmp_path,
         assert (half[key] - tensor).norm() <= 3e-2 * tensor.norm() + 1e-2, key
 
 
-def test_training_that_was_killed_in_mid_epoch_ends_in_the_same_numbers(job, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stored", [False, True])
+def test_training_that_was_killed_in_mid_epoch_ends_in_the_same_numbers(
+    job, tmp_path, monkeypatch, stored
+):
     options = [
+        *("--cache", str(tmp_path / "store") if stored else "null"),
         "--layers",
         "[2, 4]",
         "--adapters",

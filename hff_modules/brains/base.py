@@ -307,7 +307,7 @@ class SSLBrain(sb.Brain):
         """Everything that ``results.json`` holds."""
         return {
             "method": self.hparams.method,
-            "encoder": self.encoder.source,
+            "encoder": self.encoder.source + " (untrained)" * self.encoder.untrained,
             "layers": list(self.encoder.layers),
             "horizon": self.horizon,
             **count_parameters(self.parts),
@@ -324,5 +324,5 @@ class SSLBrain(sb.Brain):
         if if_main_process():
             path = Path(self.hparams.output_folder) / "results.json"
             write_results(path, results)
-            print(f"\n{table(results, self.encoder.untrained)}\n  results in {path}\n")
+            print(f"\n{table(results)}\n  results in {path}\n")
         return results
