@@ -288,9 +288,16 @@ def _zero_padding(padding: Padding, module: nn.Module, args: tuple) -> tuple | N
     return None if mask is None else (args[0].masked_fill(~mask.unsqueeze(1), 0.0),)
 
 
+def transformer_parts(attention: nn.Module, branch: FeedForward) -> LayerParts:
+    """Parts of a Transformer layer."""
+    names = ("q_proj", "k_proj", "v_proj", "out_proj")
+    return LayerParts(attention, *(getattr(attention, name) for name in names), [branch])
+
+
 def macaron_parts(layer: nn.Module) -> LayerParts:
     """Parts of a Conformer layer, which has a half-step feed-forward at either end."""
     attention = layer.self_attn
+    names = ("linear_q", "linear_k", "linear_v", "linear_out")
     branches = [
         FeedForward(norm, ffn, ffn.intermediate_dense, ffn.output_dense)
         for norm, ffn in (
@@ -298,14 +305,7 @@ def macaron_parts(layer: nn.Module) -> LayerParts:
             (layer.ffn2_layer_norm, layer.ffn2),
         )
     ]
-    return LayerParts(
-        attention,
-        attention.linear_q,
-        attention.linear_k,
-        attention.linear_v,
-        attention.linear_out,
-        branches,
-    )
+    return LayerParts(attention, *(getattr(attention, name) for name in names), branches)
 
 
 class _LayerOneReached(Exception):

@@ -12,6 +12,7 @@ from hff_modules.families.base import (
     LayerParts,
     Padding,
     macaron_parts,
+    transformer_parts,
 )
 from hff_modules.frontend import KaldiLogMel, WhisperLogMel, valid_mask
 
@@ -69,16 +70,8 @@ class WhisperFamily(Family):
 
     def parts(self, number: int) -> LayerParts:  # noqa: D102
         layer = self.layers[number - 1]
-        attention = layer.self_attn
         branch = FeedForward(layer.final_layer_norm, layer.fc2, layer.fc1, layer.fc2)
-        return LayerParts(
-            attention,
-            attention.q_proj,
-            attention.k_proj,
-            attention.v_proj,
-            attention.out_proj,
-            [branch],
-        )
+        return transformer_parts(layer.self_attn, branch)
 
     @property
     def hidden_size(self) -> int:  # noqa: D102

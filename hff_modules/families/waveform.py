@@ -13,6 +13,7 @@ from hff_modules.families.base import (
     LayerParts,
     Padding,
     macaron_parts,
+    transformer_parts,
 )
 from hff_modules.frontend import normalise, valid_mask
 
@@ -66,14 +67,7 @@ class WaveformFamily(Family):
         attention, ffn = layer.attention, layer.feed_forward
         reads = layer.final_layer_norm if self.norm_comes_last else ffn
         branch = FeedForward(reads, ffn, ffn.intermediate_dense, ffn.output_dense)
-        return LayerParts(
-            attention,
-            attention.q_proj,
-            attention.k_proj,
-            attention.v_proj,
-            attention.out_proj,
-            [branch],
-        )
+        return transformer_parts(attention, branch)
 
     def count_frames(self, num_samples: torch.Tensor) -> torch.Tensor:  # noqa: D102
         config = self.model.config
