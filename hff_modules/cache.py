@@ -8,6 +8,7 @@ that is killed leaves it valid.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -232,7 +233,8 @@ class StateCache:
         signals = [torch.nn.functional.pad(s, (0, max(0, shortest - len(s)))) for s in signals]
         lengths = torch.tensor([len(signal) for signal in signals])
         batch = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True)
-        device = next(self.encoder.parameters()).device
+        tensors = itertools.chain(self.encoder.parameters(), self.encoder.buffers())
+        device = next(tensors).device
         stored, frames = self.encoder.encode(batch.to(device), (lengths / lengths.max()).to(device))
         for wav, states, count in zip(wavs, stored.cpu(), frames.tolist(), strict=True):
             write_atomically(self.path(wav), save(_pack(states[:count], self.dtype)))

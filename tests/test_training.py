@@ -127,6 +127,14 @@ def test_random_weights_are_called_untrained_in_results_and_table(job, tmp_path,
     assert " (untrained), layers 2, 4" in capsys.readouterr().out
 
 
+def test_log_mels_alone_can_be_trained_on_and_stored(job, tmp_path):
+    options = ["--encoder", "logmel", "--layers", "0", "--number_of_epochs", "1"]
+    options += ["--cache", str(tmp_path / "store")]
+    results = job(tmp_path / "run", *options, method="last_layer", count=2)
+    assert results["encoder"] == "logmel" and results["layers"] == [0]
+    assert results["trainable_encoder_parameters"] == results["horizon"] == 0
+
+
 def test_the_loss_falls(job, tmp_path):
     options = ["--number_of_epochs", "12", "--lr_head", "0.02", "--lr_fusion", "0.02"]
     job(tmp_path, *options, "--layers", "[2, 4]", "--patience", "12")
