@@ -81,6 +81,9 @@ class OfHuggingFace(nn.Module):
         if frozen:
             model.requires_grad_(False)
 
+    def train(self, mode: bool = True) -> "OfHuggingFace":  # noqa: D102
+        return super().train(mode and not self.frozen)  # no dropout in what is frozen
+
     def forward(self, wavs: torch.Tensor) -> torch.Tensor:  # noqa: D102
         with torch.set_grad_enabled(not self.frozen):
             out = self.model(wavs, output_hidden_states=self.every_state)
@@ -296,7 +299,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rows", nargs="*", help="parts of the names of the rows to measure")
+    parser.add_argument("--rows", nargs="*", help="names of the rows to measure, or parts of them")
     parser.add_argument("--output", default=None, help="JSON file; by default beside this script")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -305,7 +308,8 @@ def main() -> None:
         settings = (options.batch, options.seconds, options.device, options.steps)
         print(json.dumps(measure(options.one, Path(options.folder), *settings)))
         return
-    chosen = [r for r in ROWS if not options.rows or any(part in r for part in options.rows)]
+    wanted = options.rows or [""]
+    chosen = [r for r in ROWS if r in wanted or any(w not in ROWS and w in r for w in wanted)]
     output = options.output or Path(__file__).with_name(f"{options.shape}-{options.device}.json")
     rows: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as name:
