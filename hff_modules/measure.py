@@ -59,6 +59,7 @@ class Meter:
         self.train_seconds = 0.0
         self.peak_memory_mb = 0.0
         self.epochs = 0
+        self.history: list[dict[str, float]] = []  # of each epoch: time so far, scores on dev
 
     def add_step(self, seconds: float, audio_seconds: float) -> None:
         """Note one training step (forward, backward, update; without loading) and its speech."""

@@ -104,7 +104,7 @@ def test_every_method_trains_tests_and_leaves_its_results(
         == (
             "method encoder layers horizon trainable_encoder_parameters trainable_parameters "
             "total_parameters train_seconds step_seconds audio_seconds_per_second peak_memory_mb "
-            "epochs seed test versions"
+            "epochs seed dev test history versions"
         ).split()
     )
     assert written["method"] == method and written["epochs"] == 1
@@ -211,6 +211,19 @@ def test_a_finished_run_can_be_tested_again_without_training(job, tmp_path):
     first = job(tmp_path, "--layers", "[2, 4]")
     again = job(tmp_path, "--layers", "[2, 4]", "--test_only")
     assert again == first
+    assert [past["epoch"] for past in first["history"]] == [1, 2]
+    best = min(first["history"], key=lambda past: past["wer"])
+    assert first["dev"] == {name: best[name] for name in ("loss", "wer", "cer")}
+
+
+def test_test_sets_stay_untouched_until_asked_for(job, tmp_path):
+    options = ["--layers", "[2, 4]", "--number_of_epochs", "1"]
+    compared = job(tmp_path / "tried", *options, "--testing", "false")
+    assert compared["test"] == {} and compared["dev"]["cer"] >= 0
+    assert not list((tmp_path / "tried").glob("test-*.txt"))
+    chosen = job(tmp_path / "tried", *options, "--test_only")
+    whole = job(tmp_path / "whole", *options)
+    assert chosen["test"] == whole["test"] and chosen["dev"] == compared["dev"]
 
 
 def test_testing_without_a_checkpoint_is_refused(job, tmp_path):

@@ -254,6 +254,7 @@ class SSLBrain(sb.Brain):
             self.test_scores = scores
             return
         self._log_epoch(epoch, scores)
+        self._remember(epoch, scores)
         chosen_by = self.hparams.select_by
         if chosen_by not in scores:
             raise ValueError(f"select_by: {chosen_by!r} is no score; there are {', '.join(scores)}")
@@ -262,6 +263,11 @@ class SSLBrain(sb.Brain):
             self.checkpointer.save_and_keep_only(
                 meta={"epoch": epoch, **scores}, min_keys=[chosen_by], importance_keys=[]
             )
+
+    def _remember(self, epoch: int, scores: dict[str, float]) -> None:
+        seconds, loss = round(self.meter.train_seconds, 2), float(self.train_loss)
+        past = {"epoch": epoch, "train_seconds": seconds, "train_loss": loss, **scores}
+        self.meter.history.append(past)
 
     def _log_epoch(self, epoch: int, scores: dict[str, float]) -> None:
         rates = {f"lr {k}": o.param_groups[0]["lr"] for k, o in self.optimizers_dict.items()}
@@ -294,8 +300,10 @@ class SSLBrain(sb.Brain):
             load_state(self.meter, latest.paramfiles["meter"], True)
 
     def test(self, test_sets: Mapping[str, DataLoader]) -> dict[str, dict[str, float]]:
-        """Score the best checkpoint on each test set, by name."""
+        """Score the best checkpoint on each test set, by name; nothing with ``testing: false``."""
         results = {}
+        if not getattr(self.hparams, "testing", True):
+            return results
         for name, loader in test_sets.items():
             self.test_set = name
             self.evaluate(loader, min_key=self.hparams.select_by)
@@ -304,7 +312,10 @@ class SSLBrain(sb.Brain):
         return results
 
     def results(self, test: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-        """Everything that ``results.json`` holds."""
+        """Everything that ``results.json`` holds; ``dev`` is of the checkpoint that is tested."""
+        history = self.meter.history
+        best = min(history, key=lambda past: past[self.hparams.select_by], default={})
+        about = ("epoch", "train_seconds", "train_loss")
         return {
             "method": self.hparams.method,
             "encoder": self.encoder.source + " (untrained)" * self.encoder.untrained,
@@ -314,7 +325,9 @@ class SSLBrain(sb.Brain):
             **self.meter.summary(),
             "epochs": self.meter.epochs,
             "seed": self.hparams.seed,
+            "dev": {name: value for name, value in best.items() if name not in about},
             "test": {name: dict(scores) for name, scores in test.items()},
+            "history": history,
             "versions": versions(),
         }
 
