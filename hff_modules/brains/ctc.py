@@ -169,6 +169,7 @@ def train_ctc(
     )
     if if_main_process():
         units.save(Path(hparams["output_folder"]) / "units")
+        write_atomically(Path(hparams["output_folder"]) / "config.yaml", hparams["config"])
     everything = [train_set, dev_set, *test_sets.values()]
     cache = filled_cache(hparams, encoder, everything)
     for dataset in everything:
