@@ -249,6 +249,12 @@ def _pack(states: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
     return {"states": states.to(DTYPES[dtype]).contiguous()}
 
 
+def as_stored(states: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Give states as they come back out of a cache of this dtype, fp32; width comes last."""
+    packed = _pack(states, dtype)
+    return packed["states"].float() * packed.get("scale", 1)
+
+
 def _batches(seconds: dict[str, float], batch_seconds: float) -> Iterable[list[str]]:
     batch: list[str] = []
     for wav in sorted(seconds, key=seconds.get):

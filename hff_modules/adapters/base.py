@@ -54,6 +54,10 @@ class Adapter(nn.Module):
         """Everything that was trained, by name."""
         return self.state_dict()
 
+    def trained(self) -> list[nn.Parameter]:
+        """Every parameter that it trains, its own or the encoder's."""
+        return list(self.parameters())
+
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take what :meth:`tensors` gave; names and shapes have been checked."""
         self.load_state_dict(tensors)

@@ -75,6 +75,9 @@ class Tuning(Adapter):
         """Trained values by name, whether enabled or not."""
         return self._live() | self._parked
 
+    def trained(self) -> list[nn.Parameter]:  # noqa: D102
+        return list(self._tuned.values())
+
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take values that :meth:`tensors` gave."""
         for name, target in self.tensors().items():

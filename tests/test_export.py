@@ -1,0 +1,326 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ruamel.yaml
+import soundfile
+import torch
+from safetensors import safe_open
+from speechbrain.inference.ASR import EncoderASR
+
+from hff_modules import SSLEncoder, adapters
+from hff_modules.brains import CTCBrain, train_ctc
+from hff_modules.config import load_config
+from hff_modules.data.loading import read_speech
+from hff_modules.export import export
+from hff_modules.exported import ExportError, load_exported
+from tests.test_training import arguments, make_speech
+
+ROOT = Path(__file__).parent.parent
+LEARN_FAST = ["--lr_head", "0.05", "--lr_fusion", "0.02", "--lr_adapters", "0.02"]
+KINDS = ["fusion", "weighted_sum", "hconv", "l_adapters", "tpa", "lora", "bitfit", "layernorm"]
+KINDS += ["top_k", "full_finetune", "prompts", "prefix", "p_adapter", "unipet", "compacter"]
+KINDS += ["elp", "fusion_tpa", "adapter_bias", "e_adapter"]
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory):
+    """Twelve recordings and their manifest."""
+    folder = tmp_path_factory.mktemp("tones")
+    make_speech(folder, 12)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, encoder_folder, tones):
+    """Train a run and see what it computed in testing; gives its folder and log probabilities."""
+    base = tmp_path_factory.mktemp("base") / "tones.yaml"
+    base.write_text("extends: base/ctc.yaml\ndataset: tones\n")
+    runs, forward = {}, CTCBrain.compute_forward
+
+    def run(method, *options):
+        key = (method, *options)
+        if key in runs:
+            return runs[key]
+        folder, seen = tmp_path_factory.mktemp(method), {}
+
+        def spy(brain, batch, stage):
+            log_probs, lengths = forward(brain, batch, stage)
+            if stage.name == "TEST":
+                for name, row, count in zip(batch.id, log_probs, lengths.tolist(), strict=True):
+                    seen[name] = row[:count].detach().clone()
+            return log_probs, lengths
+
+        line = arguments(folder, encoder_folder, method, *LEARN_FAST, *options)
+        hparams, run_opts = load_config(line, base)
+        csv = tones / "train.csv"
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(CTCBrain, "compute_forward", spy)
+            train_ctc(hparams, run_opts, tones, [csv], [csv], {"tones": csv})
+        runs[key] = folder, seen
+        return runs[key]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def learned(trained, tmp_path_factory):
+    """A run that recognises something, with stored states, and its exported model."""
+    store = str(tmp_path_factory.mktemp("store"))
+    options = ["--layers", "[2, 4]", "--number_of_epochs", "12", "--patience", "12"]
+    folder, seen = trained("fusion", *options, "--cache", store)
+    target = tmp_path_factory.mktemp("exports") / "model"
+    export(folder, target)
+    return folder, seen, target
+
+
+def read_tones(tones):
+    data = read_speech([tones / "train.csv"], tones).data
+    return {name: torch.from_numpy(soundfile.read(row["wav"], dtype="float32")[0])
+            for name, row in data.items()}  # fmt: skip
+
+
+def recognised(folder, name="tones"):
+    """What a run wrote that it recognised, by utterance."""
+    lines = (folder / f"test-{name}.txt").read_text().splitlines()
+    return dict(zip(lines[::3], [line[6:] for line in lines[2::3]], strict=True))
+
+
+def batched(signals):
+    lengths = torch.tensor([len(signal) for signal in signals])
+    wavs = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True)
+    return wavs, lengths / lengths.max()
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_an_exported_model_computes_what_the_run_computed(trained, tones, tmp_path, method):
+    layers = ["--layers", "[1, 3, 4]"] if method in ("fusion", "fusion_tpa") else []
+    folder, seen = trained(method, *layers)
+    export(folder, tmp_path / "model")
+    model = load_exported(tmp_path / "model")
+    signals = read_tones(tones)
+    states, lengths = model.states(*batched(list(signals.values())))
+    outputs = model.outputs(states, lengths)
+    for row, (name, expected) in enumerate(seen.items()):
+        index = list(signals).index(name)
+        assert lengths[index] == len(expected), row
+        torch.testing.assert_close(outputs[index, : len(expected)], expected, rtol=0, atol=1e-4)
+    manifest = json.loads((tmp_path / "model" / "hff.json").read_text())
+    assert manifest["horizon"] == json.loads((folder / "results.json").read_text())["horizon"]
+    assert model.horizon == manifest["horizon"] and model.layers == manifest["layers"]
+    assert list(model.encoder.adapters) == model.adapters
+
+
+def test_the_run_s_score_comes_out_of_another_process_in_another_folder(
+    learned, tones, tmp_path, encoder_folder
+):
+    folder, _, target = learned
+    script = (
+        "import json, sys, soundfile, torch\n"
+        "from hff_modules.exported import load_exported\n"
+        "model = load_exported(sys.argv[1])\n"
+        "read = lambda f: torch.from_numpy(soundfile.read(f, dtype='float32')[0])[None]\n"
+        "print(json.dumps([model(read(f))[0]['text'] for f in sys.argv[2:]]))\n"
+    )
+    expected = recognised(folder)
+    assert len(set(expected.values())) > 3, "the run is meant to have learned something"
+    files = [str(tones / f"{name}.wav") for name in expected]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(target), *files],
+        cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == list(expected.values())
+
+
+def test_states_are_rounded_as_they_were_stored_in_training(learned, tones):
+    _, seen, target = learned
+    model = load_exported(target)
+    assert model.manifest["stored_as"] == "fp16"
+    signals = read_tones(tones)
+    name, expected = next(iter(seen.items()))
+    states, lengths = model.states(signals[name][None])
+    torch.testing.assert_close(model.outputs(states, lengths)[0], expected, rtol=0, atol=1e-5)
+    assert torch.equal(states, states.half().float())
+
+
+def test_speechbrain_s_own_encoder_asr_opens_it(learned, tones, tmp_path, monkeypatch):
+    folder, _, target = learned
+    monkeypatch.chdir(tmp_path)
+    expected = recognised(folder)
+    opened = EncoderASR.from_hparams(source=str(target), savedir=str(tmp_path / "kept"))
+    for name, text in expected.items():
+        assert " ".join(opened.transcribe_file(str(tones / f"{name}.wav")).split()) == text
+    signals = read_tones(tones)
+    texts, _ = opened.transcribe_batch(*batched([signals[name] for name in expected]))
+    assert [" ".join(text.split()) for text in texts] == list(expected.values())
+    assert not any(parameter.requires_grad for parameter in opened.mods.parameters())
+
+
+def test_speechbrain_s_own_encoder_asr_searches_with_a_beam(learned, tones, trained):
+    _, seen, target = learned
+    opened = EncoderASR.from_hparams(source=str(target), hparams_file="hyperparams_beam.yaml")
+    searcher = opened.decoding_function
+    assert searcher.vocab_list == load_exported(target).units.vocab_list
+    signals = read_tones(tones)
+    texts, _ = opened.transcribe_batch(*batched([signals[name] for name in seen]))
+    expected = [searcher(row[None], torch.ones(1))[0][0].text for row in seen.values()]
+    assert texts == expected and len(set(texts)) > 3
+
+
+def test_sentencepiece_models_open_in_speechbrain_too(trained, tones, tmp_path):
+    folder, _ = trained("last_layer", "--units", "unigram", "--vocab_size", "8")
+    export(folder, tmp_path / "model")
+    for file in ("hyperparams.yaml", "hyperparams_beam.yaml"):
+        opened = EncoderASR.from_hparams(source=str(tmp_path / "model"), hparams_file=file)
+        opened.transcribe_file(str(tones / "u0.wav"))
+    model, expected = load_exported(tmp_path / "model"), recognised(folder)
+    signals = read_tones(tones)
+    assert {name: model(signals[name][None])[0]["text"] for name in expected} == expected
+
+
+def test_the_folder_holds_the_trained_tensors_and_nothing_else(trained, tmp_path):
+    folder, _ = trained("fusion_tpa", "--layers", "[1, 3, 4]")
+    export(folder, tmp_path / "model")
+    assert {str(p.relative_to(tmp_path / "model")) for p in (tmp_path / "model").rglob("*")} == {
+        *("README.md", "hff.json", "hyperparams.yaml", "hyperparams_beam.yaml"),
+        *("trained.safetensors", "tokenizer", "tokenizer/units.json"),
+    }
+    results = json.loads((folder / "results.json").read_text())
+    with safe_open(str(tmp_path / "model" / "trained.safetensors"), "pt") as file:
+        numbers = sum(file.get_tensor(name).numel() for name in file.keys())
+    assert numbers == results["trainable_parameters"]
+
+
+def test_the_card_says_what_the_hub_and_a_reader_want_to_know(trained, tmp_path):
+    folder, _ = trained("fusion_tpa", "--layers", "[1, 3, 4]")
+    about = {"license": "cc-by-4.0", "language": "en", "data_license": "CC BY 4.0"}
+    manifest = export(folder, tmp_path / "model", about=about)
+    text = (tmp_path / "model" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    front = ruamel.yaml.YAML(typ="safe").load(front)
+    assert front["license"] == "cc-by-4.0" and front["language"] == "en"
+    assert front["pipeline_tag"] == "automatic-speech-recognition"
+    assert {"speechbrain", "asr", "fusion_tpa"} <= set(front["tags"])
+    results = json.loads((folder / "results.json").read_text())
+    assert f"| test tones | loss {results['test']['tones']['loss']:.4g}" in body
+    assert f"{results['trainable_parameters']:,} of {results['total_parameters']:,}" in body
+    assert manifest["encoder"]["fingerprint"] in body and "CC BY 4.0" in body
+
+
+def test_another_base_encoder_is_refused_with_both_named(
+    learned, make_encoder_folder, encoder_folder
+):
+    _, _, target = learned
+    made_on = json.loads((target / "hff.json").read_text())["encoder"]["fingerprint"]
+    other = make_encoder_folder("wav2vec2-conformer-rel")
+    with pytest.raises(ExportError, match=f"{made_on}.*this is {other}"):
+        load_exported(target, base=other)
+    with pytest.raises(ExportError, match=f"{made_on}.*this is {other}"):
+        load_exported(target, encoder=SSLEncoder(other, layers=[2, 4]))
+    with pytest.raises(ExportError, match=r"reads the layers \[2, 4\].* gives \[1, 4\]"):
+        load_exported(target, encoder=SSLEncoder(encoder_folder, layers=[1, 4]))
+
+
+def test_a_base_encoder_that_has_changed_or_is_gone_is_refused(learned, tmp_path, encoder_folder):
+    _, _, target = learned
+    with pytest.raises(ExportError, match=f"made on the encoder {encoder_folder}.*nowhere"):
+        load_exported(target, base=str(tmp_path / "nowhere"))
+
+
+def test_a_model_on_a_shared_encoder_gives_what_it_gives_alone(trained, tones, encoder_folder):
+    names = ["fusion", "tpa", "bitfit", "layernorm", "elp"]
+    shared, signals = SSLEncoder(encoder_folder), list(read_tones(tones).values())
+    plain, _ = shared(*batched(signals))
+    alone, together = {}, {}
+    for name in names:
+        folder, _ = trained(name, *(["--layers", "[1, 3, 4]"] if name == "fusion" else []))
+        target = folder / "exported"
+        export(folder, target)
+        model = load_exported(target)
+        alone[name] = model.outputs(*model.states(*batched(signals)))
+        together[name] = load_exported(target, encoder=shared, name=f"my {name}")
+    for name in [*names, *reversed(names)]:
+        model = together[name]
+        torch.testing.assert_close(model.outputs(*model.states(*batched(signals))), alone[name])
+    assert together["tpa"].adapters == ["my tpa"]
+    assert together["elp"].adapters == ["my elp-e_adapter", "my elp-p_adapter", "my elp-layernorm"]
+    for name in shared.adapters:
+        adapters.disable(shared, name)
+    assert torch.equal(shared(*batched(signals))[0], plain)
+
+
+def test_packed_models_need_no_other_folder(trained, tones, tmp_path):
+    folder, seen = trained("tpa")
+    export(folder, tmp_path / "model", pack=True)
+    hff = tmp_path / "model" / "hff.json"
+    manifest = json.loads(hff.read_text())
+    manifest["encoder"]["source"] = "/gone"
+    hff.write_text(json.dumps(manifest))
+    model = load_exported(tmp_path / "model")
+    name, expected = next(iter(seen.items()))
+    outputs = model.outputs(*model.states(read_tones(tones)[name][None]))
+    torch.testing.assert_close(outputs[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "top_k"])
+def test_a_merged_model_is_a_plain_encoder_that_gives_the_same(trained, tones, tmp_path, method):
+    folder, seen = trained(method)
+    export(folder, tmp_path / "model", merge=True)
+    model = load_exported(tmp_path / "model")
+    assert model.adapters == [] and not model.encoder.adapters
+    signals = read_tones(tones)
+    for name, expected in seen.items():
+        outputs = model.outputs(*model.states(signals[name][None]))
+        torch.testing.assert_close(outputs[0], expected, rtol=0, atol=1e-4)
+    plain = SSLEncoder(str(tmp_path / "model" / "encoder"))
+    assert plain.num_layers == 4 and plain.fingerprint != model.manifest["encoder"]["source"]
+
+
+def test_what_cannot_be_folded_in_is_refused_and_nothing_is_left(trained, tmp_path):
+    with pytest.raises(ExportError, match="tpa .* cannot be folded in"):
+        export(trained("tpa")[0], tmp_path / "model", merge=True)
+    with pytest.raises(ExportError, match="no adapters"):
+        export(trained("weighted_sum")[0], tmp_path / "model", merge=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_replaced_only_when_asked(trained, tmp_path):
+    folder, _ = trained("weighted_sum")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(ExportError, match="give another folder"):
+        export(folder, tmp_path / "notes", force=True)
+    export(folder, tmp_path / "model")
+    with pytest.raises(ExportError, match="--force replaces it"):
+        export(folder, tmp_path / "model")
+    export(folder, tmp_path / "model", force=True)
+    assert (tmp_path / "notes" / "a.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("hff.json", lambda text: text[:40], "is not JSON"),
+        ("hff.json", lambda text: text.replace('"format": 1', '"format": 9'), "of format 1"),
+        ("hff.json", lambda text: text.replace('"HierarchicalFusion"', '"nn"'), "'nn' is no class"),
+        ("hff.json", lambda text: text.replace('"LinearHead"', '"nn"'), "'nn' is no class of"),
+        ("hff.json", lambda text: text.replace('"num_units": ', '"num_units": 1'), "head.output"),
+        ("hff.json", None, "has no hff.json"),
+        ("trained.safetensors", None, "has no trained.safetensors"),
+        ("trained.safetensors", lambda text: "no tensors", "cannot be read"),
+        ("tokenizer/units.json", None, "units.json"),
+    ],
+)
+def test_damaged_models_are_refused_by_file(trained, tmp_path, file, change, message):
+    folder, _ = trained("fusion", "--layers", "[1, 3, 4]")
+    export(folder, tmp_path / "model")
+    path = tmp_path / "model" / file
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(change(path.read_text() if path.suffix == ".json" else ""))
+    with pytest.raises(ValueError, match=message):
+        load_exported(tmp_path / "model")
