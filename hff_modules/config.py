@@ -52,7 +52,7 @@ def load_config(argv: list[str], base: str | Path) -> tuple[dict[str, Any], Any]
     # Before anything is built: loggers and the like ask at once which process they are in.
     sb.utils.distributed.ddp_init_group(run_opts)
     merged = merge_files(Path(base))
-    merged.update(merge_files(_find(method, beside=Path(base).resolve().parent)))
+    merged.update(merge_files(find_method(method, beside=Path(base).resolve().parent)))
     _override(merged, overrides)
     text = _dump(merged)
     hparams = load_hyperpyyaml(text)
@@ -109,7 +109,8 @@ def _parent(path: Path, name: str) -> Path:
     raise FileNotFoundError(f"{path} extends {name}: no file {beside}{_available(METHODS)}")
 
 
-def _find(method: str, beside: Path) -> Path:
+def find_method(method: str, beside: Path) -> Path:
+    """Find a method file: as given, else ``beside`` the recipe, else in the project's folder."""
     name = method if method.endswith((".yaml", ".yml")) else method + ".yaml"
     for path in (Path(name), beside / Path(name).name, METHODS / Path(name).name):
         if path.is_file():

@@ -10,12 +10,16 @@ that it names (beside the Markdown file), runs that differ in their seed only as
 
 import argparse
 import json
+import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hff_modules.files import write_atomically
+
+SCORES = ("cer", "wer", "eer", "accuracy")  # in percent
+LARGER_IS_BETTER = ("accuracy",)
 
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -43,47 +47,156 @@ def collect(folder: str | Path, target: str | Path) -> list[dict]:
     return runs
 
 
+def summaries(runs: Sequence[dict]) -> list[dict]:
+    """Sum up all runs that differ in their seed only, or that bear the same label, the best first.
+
+    Arguments
+    ---------
+    runs : Sequence[dict]
+        As ``results.json`` has them. :mod:`hff_modules.compare` adds a ``label``, the ``score`` it
+        chose by, ``chosen`` settings, ``checkpoint_mb``, what it took to ``reach`` a score, or
+        nothing but the reason why a run ``failed``.
+
+    Returns
+    -------
+    list[dict]
+        ``method`` (label or method), ``scores`` {"test-mini cer": (mean, spread)} and the like;
+        spread is the standard deviation, None with one seed. Failed ones come last.
+    """
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        groups.setdefault(_identity(run), []).append(run)
+    names = score_names(runs)
+    rows = [_summary(group, names) for group in groups.values()]
+
+    def order(row: dict) -> tuple:
+        values = [row["scores"][name][0] for name in names[:1] if name in row["scores"]]
+        if not values:
+            return (math.inf, row["method"])
+        return (-values[0] if is_better_when_larger(names[0]) else values[0], row["method"])
+
+    return sorted(rows, key=order)
+
+
+def score_names(runs: Sequence[dict]) -> list[str]:
+    """Scores on test sets that are in some run, such as "test-mini cer"; the first one orders."""
+    chosen = [run["score"] for run in runs if run.get("score") in SCORES]
+    kinds = sorted(SCORES, key=lambda score: score not in chosen)
+    sets = dict.fromkeys(name for run in runs for name in run.get("test", {}))
+    return [
+        f"{name} {score}"
+        for name in sets
+        for score in kinds
+        if any(score in run.get("test", {}).get(name, {}) for run in runs)
+    ]
+
+
+def is_better_when_larger(name: str) -> bool:
+    """Whether a score, "test-mini accuracy" say, is no error rate."""
+    return name.split()[-1] in LARGER_IS_BETTER
+
+
+def _identity(run: dict) -> str:
+    if run.get("label") is not None:
+        return json.dumps(run["label"])
+    return json.dumps({key: run.get(key) for key in ("method", "encoder", "layers", "horizon")})
+
+
+def _summary(group: Sequence[dict], names: Sequence[str]) -> dict:
+    done = [run for run in group if "failed" not in run]
+    first = done[0] if done else group[0]
+    row = {"method": first.get("label") or first["method"], "scores": {}, "file": first["method"]}
+    row["seeds"] = [run["seed"] for run in done]
+    row["failed"] = [f"seed {run['seed']}: {run['failed']}" for run in group if "failed" in run]
+    if not done:
+        return row
+    for name in names:
+        dataset, _, score = name.rpartition(" ")
+        values = [r["test"][dataset][score] for r in done if score in r["test"].get(dataset, {})]
+        if values:
+            row["scores"][name] = mean_and_spread(values)
+    if "score" in first:
+        row["dev"] = mean_and_spread([run["dev"][first["score"]] for run in done])
+    for key in ("encoder", "layers", "horizon", "trainable_encoder_parameters", "chosen"):
+        row[key] = first.get(key)
+    row["trainable_parameters"] = first["trainable_parameters"]
+    row["train_seconds"] = statistics.mean(run["train_seconds"] for run in done)
+    steps = [run["step_seconds"] for run in done if run["step_seconds"] is not None]
+    row["step_seconds"] = statistics.median(steps) if steps else None
+    row["peak_memory_mb"] = max(run["peak_memory_mb"] for run in done)
+    if "checkpoint_mb" in first:
+        row["checkpoint_mb"] = max(run["checkpoint_mb"] for run in done)
+    if "reach" in first:
+        times = [run["reach"]["seconds"] for run in done]
+        row["reach_seconds"] = None if None in times else statistics.mean(times)
+    return row
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation; None for the latter where there is one value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def cells(runs: Sequence[dict]) -> list[list[str]]:
+    """Head and rows of the table, as text: one row for each of :func:`summaries`."""
+    names, rows = score_names(runs), summaries(runs)
+    known = [run for run in runs if "failed" not in run]
+    columns: list[tuple[str, Callable[[dict], str]]] = [
+        ("method", lambda row: row["method"]),
+        ("encoder", lambda row: f"`{row['encoder']}`"),
+        ("layers", lambda row: _layers(row["layers"])),
+        ("horizon", lambda row: str(row["horizon"])),
+        ("trained in encoder + fusion", lambda row: f"{row['trainable_encoder_parameters']:,}"),
+        ("trained", lambda row: f"{row['trainable_parameters']:,}"),
+    ]
+    if any("chosen" in run for run in known):
+        columns.append(("chosen on dev", lambda row: row["chosen"] or "–"))
+    if known and "score" in known[0]:
+        columns.append((f"dev {known[0]['score'].upper()} %", lambda row: _rounded(row["dev"])))
+    for name in names:
+        dataset, _, score = name.rpartition(" ")
+        head = f"{dataset} {score.upper()} %"
+        columns.append((head, lambda row, name=name: _rounded(row["scores"].get(name))))
+    columns += [
+        ("seeds", lambda row: ", ".join(map(str, row["seeds"]))),
+        ("training s", lambda row: f"{row['train_seconds']:.0f}"),
+    ]
+    if any("reach" in run for run in known):
+        reach = next(run["reach"] for run in known if "reach" in run)
+        head = f"s to dev {reach['score'].upper()} {reach['value']:.1f} %"
+        columns.append((head, lambda row: _or_dash(row["reach_seconds"], "{:.0f}")))
+    columns += [
+        ("step ms", lambda row: _or_dash(row["step_seconds"], "{:.0f}", 1000)),
+        ("peak MB", lambda row: f"{row['peak_memory_mb']:.0f}"),
+    ]
+    if any("checkpoint_mb" in run for run in known):
+        columns.append(("checkpoint MB", lambda row: f"{row['checkpoint_mb']:.1f}"))
+    if any("failed" in run for run in runs):
+        columns.append(("failed", lambda row: "; ".join(row["failed"])))
+    table = [[head for head, _ in columns]]
+    for row in rows:
+        always = ("method", "failed")
+        table.append(
+            [text(row) if row["seeds"] or head in always else "–" for head, text in columns]
+        )
+    return table
+
+
 def markdown(runs: Sequence[dict]) -> str:
     """One row for all runs that differ in their seed only, in the order of their first score.
 
     Arguments
     ---------
     runs : Sequence[dict]
-        As ``results.json`` has them.
+        As for :func:`summaries`.
 
     Returns
     -------
     str
         A Markdown table.
     """
-    groups: dict[str, list[dict]] = {}
-    for run in runs:
-        same = {key: run.get(key) for key in ("method", "encoder", "layers", "horizon", "label")}
-        groups.setdefault(json.dumps(same), []).append(run)
-    scores = [
-        (name, score)
-        for name, values in runs[0]["test"].items()
-        for score in ("cer", "wer", "eer", "accuracy")
-        if score in values
-    ]
-    head = ["method", "encoder", "layers", "horizon", "trained in encoder + fusion", "trained"]
-    head += [f"{name} {score.upper()} %" for name, score in scores]
-    head += ["seeds", "training s", "step ms", "peak MB"]
-    rows = []
-    for group in groups.values():
-        run = group[0]
-        row = [run["method"], f"`{run['encoder']}`", _layers(run["layers"]), str(run["horizon"])]
-        row += [f"{run['trainable_encoder_parameters']:,}", f"{run['trainable_parameters']:,}"]
-        row += [_mean_and_spread([r["test"][name][score] for r in group]) for name, score in scores]
-        row += [
-            ", ".join(str(r["seed"]) for r in group),
-            f"{statistics.mean(r['train_seconds'] for r in group):.0f}",
-            f"{1000 * statistics.median(r['step_seconds'] for r in group):.0f}",
-            f"{max(r['peak_memory_mb'] for r in group):.0f}",
-        ]
-        order = statistics.mean(r["test"][scores[0][0]][scores[0][1]] for r in group)
-        rows.append((order, row))
-    lines = [head, ["---"] * len(head), *(row for _, row in sorted(rows))]
+    head, *rows = cells(runs)
+    lines = [head, ["---"] * len(head), *([c.replace("|", "\\|") for c in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -109,9 +222,15 @@ def _layers(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))
 
 
-def _mean_and_spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+def _rounded(score: tuple[float, float | None] | None) -> str:
+    if score is None:
+        return "–"
+    mean, spread = score
+    return f"{mean:.1f}" if spread is None else f"{mean:.1f} ± {spread:.1f}"
+
+
+def _or_dash(value: float | None, form: str, factor: float = 1) -> str:
+    return "–" if value is None else form.format(factor * value)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,677 @@
+"""Methods side by side on one recipe: same seeds, data and budget; a table, pictures, one page.
+
+    python -m hff_modules.compare plan.yaml -- --data_folder /data/LibriSpeech
+    python -m hff_modules.compare --recipe train.py --methods fusion weighted_sum --seeds 1 2
+    python -m hff_modules.compare plan.yaml --watch
+
+The first does what the plan says (see :mod:`hff_modules.plan`), each run in a process of its own;
+the same command goes on after a kill, and what is finished is not run again. ``--watch``, from
+another terminal, shows how far it is; so does ``index.html`` in the output folder, which refreshes
+itself. Relative paths in options start in the recipe's folder, where the runs do.
+"""
+
+import argparse
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hff_modules import plots, tables
+from hff_modules.cli import run as run_main
+from hff_modules.files import write_atomically
+from hff_modules.page import page
+from hff_modules.plan import Plan, PlanError, Row, as_argument, as_text, make_plan, read_plan
+
+RECORD = "compare.json"  # in a run's folder: what it was started with
+LOG = "output.txt"  # in a run's folder: what it printed
+POLL_SECONDS = 0.1
+REFRESH_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process to start.
+
+    Arguments
+    ---------
+    row : Row
+        The row of the table that it belongs to.
+    seed : int
+    settings : dict
+        What is chosen, or being tried, from the row's grid.
+    trial : bool
+        It only serves to choose: test sets are left alone.
+    folder : Path
+    options : dict
+        All options for the command line but the seed and the folder.
+    """
+
+    row: Row = field(compare=False)
+    seed: int
+    settings: dict = field(compare=False)
+    trial: bool
+    folder: Path
+    options: dict = field(compare=False)
+
+    def __str__(self) -> str:
+        settings = f" ({as_text(self.settings)})" if self.settings else ""
+        return f"{self.row.label}{settings}, seed {self.seed}{', trial' * self.trial}"
+
+
+Outcomes = dict[Run, dict[str, Any]]  # results of a run, or {"failed": why}
+
+
+def runs_of(plan: Plan, row: Row, settings: Mapping[str, Any], trial: bool) -> list[Run]:
+    """The runs of a row with these settings: its trial, or one for each seed."""
+    shorter = plan.grid_options if trial else {}
+    place = plan.output / row.folder
+    if trial and shorter:
+        place /= "trials"
+    if settings:
+        place /= as_text(settings).replace(", ", ",").replace("/", "_")
+    options = {**row.options, **shorter, **settings}
+    seeds = row.seeds[:1] if trial else row.seeds
+    return [Run(row, seed, dict(settings), trial, place / str(seed), options) for seed in seeds]
+
+
+def trials(plan: Plan, row: Row) -> list[Run]:
+    """The runs that a row's settings are chosen from; none where there is no choice."""
+    if len(row.settings) < 2:
+        return []
+    return [run for settings in row.settings for run in runs_of(plan, row, settings, True)]
+
+
+def choose(plan: Plan, row: Row, outcomes: Outcomes) -> dict[str, Any] | None:
+    """The settings with the best score on dev; None if all trials failed."""
+    if len(row.settings) < 2:
+        return row.settings[0]
+    done = [run for run in trials(plan, row) if "failed" not in outcomes[run]]
+    if not done:
+        return None
+    score = score_of(plan, [outcomes[run] for run in done])
+    sign = -1 if tables.is_better_when_larger(score) else 1
+
+    def order(run: Run) -> float:
+        value = sign * outcomes[run]["dev"][score]
+        return math.inf if math.isnan(value) else value
+
+    return min(done, key=order).settings
+
+
+def pending(plan: Plan, outcomes: Outcomes) -> list[Run]:
+    """The runs that are next: the trials of a row, and when it is chosen among them, its seeds."""
+    runs = []
+    for row in plan.rows:
+        first = trials(plan, row)
+        if all(run in outcomes for run in first):
+            settings = choose(plan, row, outcomes)
+            first = [] if settings is None else runs_of(plan, row, settings, False)
+        runs += [run for run in first if run not in outcomes]
+    return runs
+
+
+def total_runs(plan: Plan) -> int:
+    """How many runs the plan asks for, trials included."""
+    return sum(len(trials(plan, row)) + len(row.seeds) for row in plan.rows)
+
+
+def score_of(plan: Plan, results: Iterable[Mapping[str, Any]]) -> str:
+    """The score on dev that chooses.
+
+    Raises
+    ------
+    PlanError
+        The plan's is not among those of the results, or none that is known is.
+    """
+    for result in results:
+        known = result.get("dev", {})
+        for score in [plan.score] if plan.score else tables.SCORES:
+            if score in known:
+                return score
+        raise PlanError(f"score: {plan.score} is not on dev; there are {', '.join(known) or None}")
+    raise PlanError("there are no results to choose from")
+
+
+# One run
+
+
+def command(plan: Plan, run: Run, device: str | None = None) -> list[str]:
+    """The command line of a run."""
+    line = [sys.executable, str(plan.recipe), run.row.method, "--seed", str(run.seed)]
+    line += ["--output_folder", str(run.folder), "--noprogressbar"]
+    for key, value in run.options.items():
+        line += [f"--{key}", as_argument(value)]
+    line += plan.extra
+    if device is not None:
+        line += ["--device", "cuda:0" if device.startswith("cuda") else device]
+    if run.trial:
+        line += ["--testing", "false"]
+    elif (run.folder / "results.json").exists():  # a trial that was chosen
+        line += ["--test_only"]
+    return line
+
+
+def finished(run: Run) -> dict[str, Any] | None:
+    """The results of a run that is done: tested, unless it is a trial; else None."""
+    path = run.folder / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        dev, test = results["dev"], results["test"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{path} cannot be read ({error!r}): this run is done again")
+        path.unlink()
+        return None
+    return results if dev and (test or run.trial) else None
+
+
+def record(plan: Plan, run: Run) -> None:
+    """Note what a run is started with.
+
+    Raises
+    ------
+    PlanError
+        Its folder holds a run that was started with something else.
+    """
+    path = run.folder / RECORD
+    now = {"recipe": str(plan.recipe), "method": run.row.method, "seed": run.seed}
+    now |= {"options": run.options, "extra": list(plan.extra)}
+    now = json.loads(json.dumps(now))
+    try:
+        then = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        write_atomically(path, json.dumps(now, indent=1) + "\n")
+        return
+    except ValueError:
+        raise PlanError(f"{path} is no JSON; delete this folder to run it again") from None
+    old, new = ({**it.pop("options", {}), **it} for it in (then, now))
+    for key in {**old, **new}:
+        if old.get(key) != new.get(key):
+            raise PlanError(
+                f"{run.folder} was run with {key} {old.get(key)!r}, now it is {new.get(key)!r}; "
+                "delete that folder or choose another --output"
+            )
+
+
+def why_failed(code: int, log: Path) -> str:
+    """The reason why a run ended, in one line: its own message, or the signal that ended it."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"ended by {name}" + " (out of memory?)" * (name == "SIGKILL")
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    for line in reversed(lines):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    return lines[-1][:300] if lines else f"exit status {code} and not a word"
+
+
+def epoch_of(run: Run) -> str:
+    """How far a running run is, from its training log."""
+    try:
+        lines = (run.folder / "train_log.txt").read_text(errors="replace").splitlines()
+    except OSError:
+        return "starting"
+    if not lines:
+        return "starting"
+    epoch = re.search(r"epoch: (\d+)", lines[-1])
+    scores = re.findall(r"valid (\w+): (\S+)", lines[-1])
+    said = ", ".join(f"dev {name} {value.rstrip(',')}" for name, value in scores if name != "loss")
+    return f"epoch {epoch[1] if epoch else '?'} done, {said}"
+
+
+class Runner:
+    """Starts runs, as many at a time as there are slots, and collects how they end.
+
+    Arguments
+    ---------
+    plan : Plan
+    jobs : int
+        Runs at a time.
+    devices : Sequence[str]
+        Such as ["cuda:0", "cuda:1"], handed out in turn; without any, the recipe decides.
+    lock : int
+        File descriptor that every run inherits: the output folder stays locked while one lives.
+    limit_minutes : float, optional
+        A run that takes longer is ended and counts as failed.
+    """
+
+    def __init__(self, plan, jobs=1, devices=(), lock=None, limit_minutes=None):
+        self.plan, self.jobs, self.lock, self.limit_minutes = plan, jobs, lock, limit_minutes
+        self.free = list(devices) or [None] * jobs
+        while len(self.free) < jobs:
+            self.free += list(devices)
+        self.free = self.free[:jobs]
+        self.running: dict[Run, tuple[subprocess.Popen, str | None, float]] = {}
+        self.outcomes: Outcomes = {}
+
+    def start(self, run: Run) -> None:
+        """Start a run, unless it is finished or cannot be."""
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            record(self.plan, run)
+            results = finished(run)
+        except OSError as error:
+            results = {"failed": f"{run.folder}: {error.strerror or error}"}
+        except PlanError as error:
+            results = {"failed": str(error)}
+        if results is not None:
+            self.outcomes[run] = results
+            return
+        device = self.free.pop(0)
+        line = command(self.plan, run, device)
+        with open(run.folder / LOG, "ab") as log:
+            log.write(f"$ {' '.join(line)}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                line,
+                cwd=self.plan.recipe.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(device, self.jobs),
+                start_new_session=True,
+                pass_fds=() if self.lock is None else (self.lock,),
+            )
+        self.running[run] = process, device, time.monotonic()
+
+    def poll(self) -> list[Run]:
+        """Collect the runs that have ended since."""
+        ended = []
+        for run, (process, device, since) in list(self.running.items()):
+            minutes = (time.monotonic() - since) / 60
+            late = self.limit_minutes is not None and minutes > self.limit_minutes
+            if process.poll() is None and late:
+                _end(process)
+            if process.poll() is None:
+                continue
+            del self.running[run]
+            self.free.append(device)
+            if late and process.returncode:
+                reason = f"longer than the {self.limit_minutes:g} minutes allowed"
+                self.outcomes[run] = {"failed": reason}
+            elif process.returncode:
+                reason = why_failed(process.returncode, run.folder / LOG)
+                self.outcomes[run] = {"failed": reason}
+            else:
+                left = f"left no results in {run.folder}"
+                self.outcomes[run] = finished(run) or {"failed": left}
+            ended.append(run)
+        return ended
+
+    def stop(self) -> None:
+        """End what is running; the same command goes on from its checkpoints."""
+        for process, _, _ in self.running.values():
+            _end(process)
+        self.running.clear()
+
+
+def _environment(device: str | None, jobs: int) -> dict[str, str]:
+    env = dict(os.environ)
+    root = str(Path(__file__).resolve().parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    env.setdefault("OMP_NUM_THREADS", str(max((cores or 1) // jobs, 1)))
+    if device is not None and device.startswith("cuda"):
+        env["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2] or "0"
+    return env
+
+
+def _end(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+# All of them
+
+
+def compare(plan: Plan, runner: Runner, say: Callable[[str], None] = print) -> list[dict]:
+    """Do everything that the plan asks for; tables, pictures and page follow every finished run.
+
+    Arguments
+    ---------
+    plan : Plan
+    runner : Runner
+    say : Callable[[str], None]
+        Gets a line whenever a run starts or ends.
+
+    Returns
+    -------
+    list[dict]
+        Results of all runs (trials left out), failed ones with their reason.
+    """
+    total, written = total_runs(plan), 0.0
+    try:
+        while runner.running or pending(plan, runner.outcomes):
+            changed = drawn = False
+            for run in pending(plan, runner.outcomes):
+                if run in runner.running or not runner.free:
+                    continue
+                runner.start(run)
+                changed = True
+                if run in runner.running:
+                    say(f"[{len(runner.outcomes)}/{total}] started: {run}")
+                else:
+                    say(f"[{len(runner.outcomes)}/{total}] {_ending(plan, run, runner)}")
+            for run in runner.poll():
+                changed, drawn = True, drawn or not run.trial
+                say(f"[{len(runner.outcomes)}/{total}] {_ending(plan, run, runner)}")
+            if changed:
+                write_report(plan, runner, finished=False, pictures=drawn)
+                written = time.monotonic()
+            elif time.monotonic() - written > REFRESH_SECONDS:
+                write_report(plan, runner, finished=False, pictures=False)
+                written = time.monotonic()
+            if runner.running:
+                time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        runner.stop()
+        write_report(plan, runner, finished=False)
+        say("stopped; the same command goes on from here")
+        raise
+    return write_report(plan, runner, finished=True)
+
+
+def _ending(plan: Plan, run: Run, runner: Runner) -> str:
+    outcome = runner.outcomes[run]
+    if "failed" in outcome:
+        return f"failed: {run}: {outcome['failed']}"
+    try:
+        score = score_of(plan, [outcome])
+    except PlanError as error:
+        runner.outcomes[run] = {"failed": str(error)}
+        return f"failed: {run}: {error}"
+    test = [f"{n} {s[score]:.2f}" for n, s in outcome["test"].items() if score in s]
+    said = ", ".join([f"dev {outcome['dev'][score]:.2f}", *([] if run.trial else test)])
+    return f"done: {run}: {score} {said} % after {outcome['train_seconds']:.0f} s of training"
+
+
+def collected(plan: Plan, outcomes: Outcomes) -> list[dict[str, Any]]:
+    """Results of all finished or failed runs, as :mod:`hff_modules.tables` takes them."""
+    runs = []
+    for row in plan.rows:
+        first = trials(plan, row)
+        if not all(run in outcomes for run in first):
+            continue
+        settings = choose(plan, row, outcomes)
+        if settings is None:
+            runs += [_failure(run, outcomes[run]["failed"]) for run in first]
+            continue
+        for run in runs_of(plan, row, settings, False):
+            if "failed" in outcomes.get(run, {}):
+                runs.append(_failure(run, outcomes[run]["failed"]))
+            elif run in outcomes:
+                about = {"label": row.label, "score": score_of(plan, [outcomes[run]])}
+                about |= {"options": run.options, "checkpoint_mb": checkpoint_mb(run.folder)}
+                if len(row.settings) > 1:
+                    about["chosen"] = as_text(settings)
+                runs.append({**outcomes[run], **about})
+    done = [run for run in runs if "failed" not in run]
+    reach = plan.reach if plan.reach is not None else reached_by_all(done)
+    for run in done:
+        seconds = seconds_to(run, run["score"], reach)
+        run["reach"] = {"score": run["score"], "value": reach, "seconds": seconds}
+    return runs
+
+
+def _failure(run: Run, reason: str) -> dict[str, Any]:
+    method = Path(run.row.method).stem
+    return {"label": run.row.label, "method": method, "seed": run.seed, "failed": reason}
+
+
+def reached_by_all(runs: Sequence[Mapping[str, Any]]) -> float | None:
+    """The score on dev that every run reached: the worst of their best ones."""
+    values = [run["dev"][run["score"]] for run in runs]
+    if not values:
+        return None
+    return min(values) if tables.is_better_when_larger(runs[0]["score"]) else max(values)
+
+
+def seconds_to(run: Mapping[str, Any], score: str, value: float) -> float | None:
+    """Seconds of training after which a run's score on dev was as good; None if it never was."""
+    sign = -1 if tables.is_better_when_larger(score) else 1
+    for past in run.get("history", []):
+        if sign * past[score] <= sign * value + 1e-9:
+            return past["train_seconds"]
+    return None
+
+
+def checkpoint_mb(folder: Path) -> float | None:
+    """MB of what was trained, as it is on disk: tensors and their manifest."""
+    files = sorted(folder.glob("save/CKPT*/trained.safetensors"))
+    if not files:
+        return None
+    manifest = files[-1].with_name("manifest.json")
+    return sum(f.stat().st_size for f in (files[-1], manifest) if f.exists()) / 1e6
+
+
+def trial_scores(plan: Plan, outcomes: Outcomes) -> list[dict[str, Any]]:
+    """What every setting of the grids gave on dev, as it goes into ``trials.json``."""
+    scores = []
+    for row in plan.rows:
+        for run in trials(plan, row):
+            outcome = outcomes.get(run)
+            if outcome is None:
+                continue
+            about = {"label": row.label, "seed": run.seed, "settings": run.settings}
+            if "failed" in outcome:
+                scores.append({**about, "failed": outcome["failed"]})
+            else:
+                scores.append({**about, "dev": outcome["dev"], "epochs": outcome["epochs"]})
+    return scores
+
+
+# What it leaves
+
+
+def write_report(plan: Plan, runner: Runner, finished: bool, pictures: bool = True) -> list[dict]:
+    """Write ``runs.json``, tables, pictures, page and progress; gives the results of all runs."""
+    runs, folder = collected(plan, runner.outcomes), plan.output
+    lines = [f"{len(runner.outcomes)} of {total_runs(plan)} runs done"]
+    for run, (_, device, since) in runner.running.items():
+        on = f" on {device}" if device else ""
+        lines.append(f"running{on}: {run}: {epoch_of(run)} ({time.monotonic() - since:.0f} s)")
+    if finished:
+        failed = sum("failed" in outcome for outcome in runner.outcomes.values())
+        lines = [f"finished: {len(runner.outcomes)} runs, {failed} of them failed"]
+    table = tables.markdown(runs) if runs else ""
+    write_atomically(folder / "progress.txt", "\n".join(lines) + "\n\n" + table)
+    if pictures:
+        text = json.dumps(runs, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(folder / "runs.json", text)
+        write_atomically(folder / "table.md", table)
+        write_atomically(folder / "table.csv", csv_table(runs))
+        tried = trial_scores(plan, runner.outcomes)
+        write_atomically(folder / "trials.json", json.dumps(tried, indent=1) + "\n")
+    drawn = draw(runs, folder, anew=pictures) if plots.available() else []
+    cells = tables.cells(runs) if runs else []
+    title = f"{plan.recipe.parent.name}: {len(plan.rows)} rows"
+    text = page(title, lines, cells, drawn, refresh=None if finished else REFRESH_SECONDS)
+    write_atomically(folder / "index.html", text)
+    return runs
+
+
+def csv_table(runs: Sequence[dict]) -> str:
+    """All numbers of the table, not rounded, mean and spread in columns of their own."""
+    rows = []
+    for summary in tables.summaries(runs):
+        row = {key: value for key, value in summary.items() if key not in ("scores", "dev")}
+        scores = dict(summary["scores"])
+        if "dev" in summary:
+            scores[f"dev {next(run['score'] for run in runs if 'score' in run)}"] = summary["dev"]
+        for name, (mean, spread) in scores.items():
+            row |= {f"{name} mean": mean, f"{name} spread": spread}
+        for key in ("seeds", "layers", "failed"):
+            row[key] = "; ".join(map(str, row.get(key) or []))
+        rows.append(row)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+PICTURES = {
+    "parameters": ("trainable_encoder_parameters", "trained parameters in encoder + fusion", 1),
+    "time": ("train_seconds", "training time (s)", 1),
+    "memory": ("peak_memory_mb", "peak memory in training (MB)", 1),
+    "step": ("step_seconds", "training step, median (ms)", 1000),
+}
+
+
+def draw(runs: Sequence[dict], folder: Path, anew: bool = True) -> list[Path]:
+    """Draw the first score against parameters, time and memory; gives the files there are."""
+    names, rows = tables.score_names(runs), tables.summaries(runs)
+    paths = []
+    for picture, (key, axis, factor) in PICTURES.items():
+        path = folder / f"{picture}.png"
+        points = [
+            plots.Point(row["method"], factor * row[key], *row["scores"][names[0]])
+            for row in rows
+            if names and names[0] in row["scores"] and row.get(key) is not None
+        ]
+        if not points:
+            continue
+        if anew or not path.exists():
+            score = f"{names[0].rpartition(' ')[0]} {names[0].rpartition(' ')[2].upper()} (%)"
+            larger = tables.is_better_when_larger(names[0])
+            plots.scatter(points, path, axis, score, larger_is_better=larger)
+        paths.append(path)
+    return paths
+
+
+def watch(folder: Path, seconds: float, say: Callable[[str], None] = print) -> None:
+    """Show how far a comparison is, whenever that changes, until it is done or no longer runs."""
+    path, shown = folder / "progress.txt", None
+    if not path.is_file():
+        raise PlanError(f"{folder}: no comparison was started here")
+    while True:
+        alive = _locked(folder)
+        text = path.read_text(encoding="utf-8")
+        if text != shown:
+            say(f"{time.strftime('%H:%M:%S')}  {text}")
+            shown = text
+        if not alive:
+            return
+        time.sleep(seconds)
+
+
+def _locked(folder: Path) -> bool:
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str]) -> list[dict]:
+    """Command line."""
+    argv, extra = list(argv), []
+    if "--" in argv:
+        argv, extra = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="python -m hff_modules.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("plan", nargs="?", help="plan file; or --recipe and --methods")
+    parser.add_argument("--recipe", help="a recipe's train.py")
+    parser.add_argument("--methods", nargs="+", help="method files")
+    parser.add_argument("--seeds", nargs="*", type=int, help="instead of the plan's")
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help="only these rows of the plan")
+    parser.add_argument("--output", default="", help="folder, instead of the plan's")
+    parser.add_argument("--jobs", type=int, help="runs at a time; 1, or one for each device")
+    parser.add_argument("--devices", nargs="+", default=[], help="such as cuda:0 cuda:1")
+    parser.add_argument("--limit_minutes", type=float, help="end a run that takes longer")
+    parser.add_argument("--reach", type=float, help="score on dev whose time is a column")
+    parser.add_argument("--watch", action="store_true", help="only show how far it is")
+    parser.add_argument("--every", type=float, default=5, help="seconds between two looks")
+    options = parser.parse_args(argv)
+    plan = _plan(options, extra)
+    if options.watch:
+        watch(plan.output, options.every)
+        return []
+    jobs = options.jobs if options.jobs is not None else max(len(options.devices), 1)
+    if jobs < 1:
+        raise PlanError(f"--jobs: expected a number above 0, got {jobs}")
+    plan.output.mkdir(parents=True, exist_ok=True)
+    if not plots.available():
+        print(plots.MISSING)
+    with open(plan.output / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PlanError(f"{plan.output}: a comparison is running here already") from None
+        signal.signal(signal.SIGTERM, _interrupt)
+        runner = Runner(plan, jobs, options.devices, lock.fileno(), options.limit_minutes)
+        try:
+            runs = compare(plan, runner)
+        except KeyboardInterrupt:
+            sys.exit(130)
+    if runs:
+        print(f"\n{tables.markdown(runs)}")
+    print(f"{plan.output}: table.md, table.csv, runs.json, trials.json, index.html, pictures")
+    if any("failed" in run for run in runs):
+        sys.exit(1)
+    return runs
+
+
+def _plan(options: argparse.Namespace, extra: Sequence[str]) -> Plan:
+    if options.plan is not None:
+        if options.recipe or options.methods:
+            raise PlanError("give a plan, or --recipe and --methods, not both")
+        keys, source = read_plan(options.plan), Path(options.plan)
+    elif options.recipe and options.methods:
+        keys = {"recipe": str(Path(options.recipe).resolve()), "methods": options.methods}
+        source = Path("command line")
+    else:
+        raise PlanError("give a plan file, or --recipe and --methods")
+    if options.seeds is not None:
+        keys["seeds"] = options.seeds
+    if options.reach is not None:
+        keys["reach"] = options.reach
+    if options.seeds is not None and isinstance(keys.get("methods"), list):
+        keys["methods"] = [_without_seeds(entry) for entry in keys["methods"]]
+    plan = make_plan(keys, source, extra, options.output)
+    if options.only is None:
+        return plan
+    labels = [row.label for row in plan.rows]
+    for label in options.only:
+        if label not in labels:
+            raise PlanError(f"--only: there is no row {label!r}; there are {', '.join(labels)}")
+    rows = tuple(row for row in plan.rows if row.label in options.only)
+    return Plan(**{**vars(plan), "rows": rows})
+
+
+def _without_seeds(entry: Any) -> Any:
+    if isinstance(entry, dict):
+        return {key: value for key, value in entry.items() if key != "seeds"}
+    return entry
+
+
+if __name__ == "__main__":
+    run_main(main)

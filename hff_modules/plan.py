@@ -1,0 +1,281 @@
+"""What a comparison is made of: rows of a table, from one small YAML (or JSON) file.
+
+::
+
+    recipe: ../train.py                  # beside this file; its folder is where the runs start
+    output: results/compare/fusions      # in the recipe's folder
+    seeds: [1, 2, 3]
+    options: {number_of_epochs: 6}       # of every run, as --number_of_epochs 6
+    score: cer                           # on dev; chooses among a grid's settings
+    reach: 55                            # the time that it takes to get there is a column
+    methods:
+      - weighted_sum                     # a method file
+      - method: tpa
+        label: tpa, narrow               # what the row is called
+        options: {bottleneck: 64}
+        seeds: [1]
+        grid: {lr_adapters: [0.0003, 0.001]}     # all combinations; the best one on dev is tested
+        vary: {tpa_layers: [all, last:6]}        # all combinations, a row each
+    grid_options: {number_of_epochs: 2}  # of runs that only serve to choose; a full run otherwise
+
+``seeds``, ``options`` and ``grid`` may stand at the top, for all rows, and in a row: options are
+added up, of the others the row's own count.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ruamel.yaml
+
+from hff_modules.config import find_method
+
+KEYS = ("recipe output seeds options score reach methods grid grid_options").split()
+ROW_KEYS = ("method label options seeds grid vary").split()
+
+
+class PlanError(ValueError):
+    """A plan that cannot be carried out; the message names file, row, key and value."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: one method with its options, and the settings to choose from.
+
+    Arguments
+    ---------
+    label : str
+        What the row is called, and (with other signs replaced) its folder.
+    method : str
+        Method file, as a recipe's ``train.py`` takes it.
+    options : dict
+        ``{key: value}`` for the command line.
+    seeds : tuple[int, ...]
+        The first one is also the grid's.
+    settings : tuple[dict, ...]
+        Options to choose from on dev; one empty dict where there is nothing to choose.
+    """
+
+    label: str
+    method: str
+    options: dict[str, Any]
+    seeds: tuple[int, ...]
+    settings: tuple[dict[str, Any], ...]
+
+    @property
+    def folder(self) -> str:
+        """The label as the name of a folder."""
+        return re.sub(r"[^\w.=+:-]+", "-", self.label).strip("-.") or "row"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole comparison; see the module's example for what the fields mean.
+
+    Arguments
+    ---------
+    recipe : Path
+        A ``train.py``.
+    output : Path
+        Folder of runs, tables and pictures.
+    rows : tuple[Row, ...]
+    grid_options : dict
+        Options of runs that only serve to choose.
+    extra : tuple[str, ...]
+        What follows ``--`` on the command line: handed to every run.
+    score : str, optional
+        By default the first of :data:`hff_modules.tables.SCORES` that the task has.
+    reach : float, optional
+        By default the score on dev that every row reached.
+    """
+
+    recipe: Path
+    output: Path
+    rows: tuple[Row, ...]
+    grid_options: dict[str, Any]
+    extra: tuple[str, ...] = ()
+    score: str | None = None
+    reach: float | None = None
+
+
+def read_plan(path: str | Path) -> dict[str, Any]:
+    """Read a plan file; gives its keys.
+
+    Raises
+    ------
+    PlanError
+        No such file, not YAML, or not ``key: value`` lines.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"plan {path}: cannot be read ({_one_line(error)})") from None
+    try:
+        plan = ruamel.yaml.YAML(typ="safe").load(text)
+    except ruamel.yaml.YAMLError as error:
+        raise PlanError(f"plan {path} is no YAML: {_one_line(error)}") from None
+    if not isinstance(plan, dict):
+        raise PlanError(f"plan {path}: expected `key: value` lines, found {type(plan).__name__}")
+    return plan
+
+
+def make_plan(
+    keys: Mapping[str, Any], source: str | Path, extra: Sequence[str] = (), output: str = ""
+) -> Plan:
+    """Check the keys of a plan and spell out its rows.
+
+    Arguments
+    ---------
+    keys : Mapping[str, Any]
+        As :func:`read_plan` gives them.
+    source : str | Path
+        The file they are from; relative paths start in its folder.
+    extra : Sequence[str]
+        More options for every run, as on a command line.
+    output : str
+        Folder of the results, instead of the plan's.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    PlanError
+        An unknown or absent key, a value of the wrong kind, two rows of the same name, a method
+        file or a recipe that is not there.
+    """
+    source = Path(source)
+    _check_keys(keys, KEYS, f"plan {source}")
+    for needed in ("recipe", "methods"):
+        if not keys.get(needed):
+            raise PlanError(f"plan {source}: `{needed}` is missing or empty")
+    recipe = Path(source.parent, str(keys["recipe"])).resolve()
+    if not recipe.is_file():
+        raise PlanError(f"plan {source}: recipe {recipe} is not there; expected a train.py")
+    shared = {
+        "seeds": keys.get("seeds", [1]),
+        "options": _mapping(keys, "options", f"plan {source}"),
+        "grid": _mapping(keys, "grid", f"plan {source}"),
+    }
+    if not isinstance(keys["methods"], list):
+        raise PlanError(f"plan {source}: methods: expected a list, got {keys['methods']!r}")
+    rows = [row for entry in keys["methods"] for row in _rows(entry, shared, source, recipe)]
+    folders = [row.folder for row in rows]
+    twice = [row.label for row in rows if folders.count(row.folder) > 1]
+    if twice:
+        raise PlanError(f"plan {source}: two rows are called {twice[0]!r}; give one a `label`")
+    reach = keys.get("reach")
+    if reach is not None and (isinstance(reach, bool) or not isinstance(reach, int | float)):
+        raise PlanError(f"plan {source}: reach: expected a score in percent, got {reach!r}")
+    folder = Path(output).resolve() if output else _output(keys, source, recipe)
+    return Plan(
+        recipe=recipe,
+        output=folder,
+        rows=tuple(rows),
+        grid_options=_mapping(keys, "grid_options", f"plan {source}"),
+        extra=tuple(extra),
+        score=keys.get("score"),
+        reach=reach,
+    )
+
+
+def combinations(choices: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """All combinations of a few values for each key.
+
+    Example
+    -------
+    >>> combinations({"lr_head": [1, 2], "layers": ["all"]}, "a plan")
+    [{'lr_head': 1, 'layers': 'all'}, {'lr_head': 2, 'layers': 'all'}]
+    """
+    for key, values in choices.items():
+        if not isinstance(values, list) or not values:
+            raise PlanError(f"{where}: {key}: expected a list of values, got {values!r}")
+    return [
+        dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())
+    ]
+
+
+def as_text(options: Mapping[str, Any]) -> str:
+    """Options in a few words, for labels, folders and tables.
+
+    Example
+    -------
+    >>> as_text({"lr_head": 0.001, "layers": [3, 6]})
+    'lr_head=0.001, layers=[3, 6]'
+    """
+    return ", ".join(f"{key}={as_argument(value)}" for key, value in options.items())
+
+
+def as_argument(value: Any) -> str:
+    """A value as the command line of a run takes it, in YAML."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and "e" in repr(value) and "." not in repr(value):
+        return repr(value).replace("e", ".0e")  # 1e-05 is a text to some readers of YAML
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _rows(entry: Any, shared: Mapping[str, Any], source: Path, recipe: Path) -> list[Row]:
+    entry = {"method": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict) or not isinstance(entry.get("method"), str):
+        raise PlanError(f"plan {source}: methods: expected a method file, got {entry!r}")
+    where = f"plan {source}, {entry['method']}"
+    _check_keys(entry, ROW_KEYS, where)
+    method = entry["method"]
+    if (source.parent / method).is_file():
+        method = str((source.parent / method).resolve())
+    try:
+        find_method(method, beside=recipe.parent / "hparams")
+    except FileNotFoundError as error:
+        raise PlanError(f"plan {source}: {error}") from None
+    seeds = entry.get("seeds", shared["seeds"])
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
+        raise PlanError(f"{where}: seeds: expected a list of whole numbers, got {seeds!r}")
+    if len(set(seeds)) < len(seeds):
+        raise PlanError(f"{where}: seeds: one is there twice in {seeds}")
+    grid = _mapping(entry, "grid", where) if "grid" in entry else shared["grid"]
+    settings = combinations(grid, f"{where}: grid")
+    options = {**shared["options"], **_mapping(entry, "options", where)}
+    label = str(entry.get("label") or Path(method).stem)
+    rows = []
+    for varied in combinations(_mapping(entry, "vary", where), f"{where}: vary"):
+        rows.append(
+            Row(
+                label=f"{label}, {as_text(varied)}" if varied else label,
+                method=method,
+                options={**options, **varied},
+                seeds=tuple(seeds),
+                settings=tuple(settings),
+            )
+        )
+    return rows
+
+
+def _output(keys: Mapping[str, Any], source: Path, recipe: Path) -> Path:
+    folder = keys.get("output") or f"results/compare/{source.stem}"
+    return (recipe.parent / str(folder)).resolve()
+
+
+def _mapping(keys: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = keys.get(key) or {}
+    if not isinstance(value, dict):
+        raise PlanError(f"{where}: {key}: expected {{key: value}}, got {value!r}")
+    return value
+
+
+def _check_keys(keys: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in keys:
+        if key not in known:
+            raise PlanError(f"{where}: unknown key {key!r}; there are {', '.join(known)}")
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())

@@ -1,0 +1,193 @@
+"""Pictures that can be read in black and white; needs matplotlib, an optional extra."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MISSING = "no pictures: matplotlib is not installed; pip install 'hff-modules[plots]'"
+
+
+def available() -> bool:
+    """Whether matplotlib is there."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    """Give a figure of that size (inches) and its axes, without any display.
+
+    Raises
+    ------
+    ValueError
+        matplotlib is not installed.
+    """
+    if not available():
+        raise ValueError(MISSING)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method in a picture: its cost ``x``, its score ``y`` and the score's spread."""
+
+    label: str
+    x: float
+    y: float
+    spread: float | None = None
+
+
+def pareto_front(points: Sequence[Point], larger_is_better: bool = False) -> list[Point]:
+    """The points that no other one beats in cost or score while being as good in the other.
+
+    Example
+    -------
+    >>> points = [Point("a", 1, 9), Point("b", 2, 5), Point("c", 3, 7)]
+    >>> [point.label for point in pareto_front(points)]
+    ['a', 'b']
+    """
+    sign = -1 if larger_is_better else 1
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.x, sign * p.y)):
+        if not front or sign * point.y < sign * front[-1].y:
+            front.append(point)
+    return front
+
+
+def scatter(
+    points: Sequence[Point],
+    path: Path,
+    x_label: str,
+    y_label: str,
+    larger_is_better: bool = False,
+) -> None:
+    """Draw scores against cost, the Pareto front marked, as a PNG.
+
+    Arguments
+    ---------
+    points : Sequence[Point]
+    path : pathlib.Path
+    x_label, y_label : str
+        With units.
+    larger_is_better : bool
+        Of the score.
+    """
+    figure, axes = new_figure(9, 6)
+    front = pareto_front(points, larger_is_better)
+    others = [point for point in points if point not in front]
+    _scale(axes, [point.x for point in points])
+    axes.step(
+        *([p.x for p in front], [p.y for p in front]),
+        **{"where": "post", "color": "0.55", "linestyle": "--", "linewidth": 1, "zorder": 1},
+    )
+    for chosen, fill, name in (
+        (front, "black", "Pareto front: nothing is better at the same cost or less"),
+        (others, "white", "other methods"),
+    ):
+        if chosen:
+            axes.errorbar(
+                [p.x for p in chosen],
+                [p.y for p in chosen],
+                yerr=[p.spread or 0 for p in chosen],
+                **{"fmt": "o", "color": "black", "mfc": fill, "ms": 7, "elinewidth": 0.8},
+                **{"capsize": 3, "label": name, "zorder": 3},
+            )
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(f"{y_label}, {'higher' if larger_is_better else 'lower'} is better")
+    axes.margins(x=0.12, y=0.15)
+    axes.grid(True, color="0.9", zorder=0)
+    spread = "; bars: standard deviation over seeds" if any(p.spread for p in points) else ""
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, title=None, fontsize=9)
+    axes.set_title(f"{len(points)} methods{spread}", fontsize=9, loc="left", color="0.3")
+    _label(figure, axes, points)
+    figure.savefig(path)
+
+
+def _scale(axes, values: Sequence[float]) -> None:
+    """Logarithmic where values differ by more than a factor of ten; zero then gets a place."""
+    positive = [value for value in values if value > 0]
+    if not positive or max(positive) <= 10 * min(positive):
+        return
+    from matplotlib.ticker import FixedLocator, FuncFormatter
+
+    if len(positive) < len(values):
+        lowest = 10.0 ** (len(str(int(min(positive)))) - 1)
+        axes.set_xscale("symlog", linthresh=lowest, linscale=0.4)
+        ticks = [0.0]
+    else:
+        lowest = 10.0 ** (len(str(int(min(positive)))) - 1)
+        axes.set_xscale("log")
+        ticks = []
+    while lowest <= 1.5 * max(positive):
+        ticks.append(lowest)
+        lowest *= 10
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+
+
+def _short(value: float) -> str:
+    for size, sign in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{sign}"
+    return f"{value:g}"
+
+
+def _label(figure, axes, points: Sequence[Point]) -> None:
+    """Write each point's label where it covers no other label and no point."""
+    from matplotlib.transforms import Bbox
+
+    figure.canvas.draw()  # now the places of everything are known
+    renderer = figure.canvas.get_renderer()
+    frame = axes.get_window_extent(renderer)
+    pixel = figure.dpi / 72
+    spots = {point: axes.transData.transform((point.x, point.y)) for point in points}
+    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in spots.values()]
+    for point in points:
+        if point.spread:
+            x, low = axes.transData.transform((point.x, point.y - point.spread))
+            high = axes.transData.transform((point.x, point.y + point.spread))[1]
+            taken.append(Bbox.from_extents(x - 4, low, x + 4, high))
+    figure.set_layout_engine("none")  # what was measured must stay
+    directions = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
+    directions += [(0.5, 1), (-0.5, 1), (0.5, -1), (-0.5, -1)]
+    places = [(r * x, r * y) for r in (8, 16, 26, 38, 52, 68, 86, 106) for x, y in directions]
+    for point in sorted(points, key=lambda p: spots[p][1]):
+        best, least = None, None
+        for x, y in places:
+            text = axes.annotate(
+                point.label,
+                (point.x, point.y),
+                **{"xytext": (x, y), "textcoords": "offset points", "fontsize": 8.5},
+                ha="center" if abs(x) < 0.9 * abs(y) else "left" if x > 0 else "right",
+                va="center" if abs(y) < 0.4 * abs(x) else "bottom" if y > 0 else "top",
+            )
+            box = text.get_window_extent(renderer)
+            text.remove()
+            outside = not (
+                frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
+            )
+            overlap = sum(
+                max(0, min(box.x1, b.x1) - max(box.x0, b.x0))
+                * max(0, min(box.y1, b.y1) - max(box.y0, b.y0))
+                for b in taken
+            )
+            cost = overlap + 1e6 * outside
+            if least is None or cost < least:
+                best, least = (x, y, box), cost
+            if cost == 0:
+                break
+        x, y, box = best
+        line = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+        axes.annotate(
+            point.label,
+            (point.x, point.y),
+            **{"xytext": (x, y), "textcoords": "offset points", "fontsize": 8.5, "zorder": 4},
+            ha="center" if abs(x) < 0.9 * abs(y) else "left" if x > 0 else "right",
+            va="center" if abs(y) < 0.4 * abs(x) else "bottom" if y > 0 else "top",
+            arrowprops=line if max(abs(x), abs(y)) > 10 * pixel else None,
+        )
+        taken.append(box)

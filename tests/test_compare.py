@@ -1,0 +1,375 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hff_modules import compare, plots, tables
+from hff_modules.plan import PlanError, make_plan, read_plan
+
+ROOT = Path(__file__).parent.parent
+
+# A recipe in name only: its score follows from the learning rate, and it obeys `break` and `wait`.
+STUB = """
+import json, os, signal, sys, time
+from pathlib import Path
+method, rest = sys.argv[1], sys.argv[2:]
+flags = [word for word in rest if word in ("--test_only", "--noprogressbar")]
+rest = [word for word in rest if word not in flags]
+options = dict(zip((word[2:] for word in rest[::2]), rest[1::2]))
+folder = Path(options["output_folder"])
+here = Path(__file__).parent
+with open(here / "calls.txt", "a") as calls:
+    calls.write(json.dumps([method, flags[1:], options]) + "\\n")
+log = "epoch: 1, lr: 1 - train loss: 2 - valid loss: 1, valid cer: 44"
+(folder / "train_log.txt").write_text(log)
+time.sleep(float(options.get("wait", 0)))
+todo = options.get("break")
+if todo == "signal":
+    os.kill(os.getpid(), signal.SIGKILL)
+if todo == "error" and not (here / "mended").exists():
+    print("loading\\n\\nerror: no encoder of that name\\n(HFF_TRACEBACK=1 shows where)")
+    sys.exit(1)
+if todo == "nothing":
+    sys.exit(0)
+rate, seed = float(options.get("lr", 0.1)), int(options["seed"])
+cer = 20 + 1000 * abs(rate - 0.01) + seed
+dev = {"loss": 1.0, "wer": 2 * cer, "cer": cer}
+history = [{"epoch": n, "train_seconds": 5.0 * n, **dev, "cer": cer + 10 - 5 * n} for n in (1, 2)]
+width = int(options.get("width", 4))
+results = {
+    "method": method, "encoder": "builtin", "layers": [3, 6], "horizon": 6,
+    "trainable_encoder_parameters": 1000 * width, "trainable_parameters": 1000 * width + 7,
+    "total_parameters": 10**6, "train_seconds": 10.0 * width, "step_seconds": 0.05,
+    "audio_seconds_per_second": 3.0, "peak_memory_mb": 100.0 * width, "epochs": 2, "seed": seed,
+    "dev": {**dev, "cer": cer}, "history": history,
+    "test": {} if options.get("testing") == "false" else {"test": {"cer": cer + 1, "wer": 90.0}},
+}
+(folder / "save" / "CKPT+1").mkdir(parents=True, exist_ok=True)
+(folder / "save" / "CKPT+1" / "trained.safetensors").write_bytes(bytes(1000 * width))
+(folder / "results.json").write_text(json.dumps(results))
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawing takes longer than all else; the tests that need it ask for it."""
+    if "pictures" not in request.node.name:
+        monkeypatch.setattr(plots, "available", lambda: False)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A folder with a stub of a recipe and two method files."""
+    folder = tmp_path / "recipe"
+    (folder / "hparams").mkdir(parents=True)
+    (folder / "train.py").write_text(STUB)
+    for method in ("a", "b"):
+        (folder / "hparams" / f"{method}.yaml").write_text(f"method: {method}\n")
+    return folder
+
+
+def calls(recipe):
+    """What the stub was called with: method, flags, options."""
+    path = recipe / "calls.txt"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_plan(recipe, /, **keys):
+    path = recipe / "plan.yaml"
+    path.write_text(json.dumps({"recipe": "train.py", **keys}))
+    return str(path)
+
+
+def carry_out(recipe, /, *argv, **keys):
+    """Run a plan; gives the runs."""
+    return compare.main([write_plan(recipe, **keys), *argv])
+
+
+def output(recipe, name=""):
+    return recipe / "results" / "compare" / "plan" / name
+
+
+def test_every_method_runs_with_every_seed_and_one_command_leaves_table_csv_json_and_page(
+    recipe, capsys
+):
+    options = {"lr": 0.02, "names": ["x", "y"], "flag": True}
+    wide = {"method": "b", "label": "b, wide", "options": {"width": 9, "lr": 3e-05}}
+    runs = carry_out(
+        recipe, "--", "--more", "1", methods=["a", wide], seeds=[1, 2], options=options
+    )
+    assert [(run["label"], run["seed"]) for run in runs] == [
+        *(("a", 1), ("a", 2)),
+        *(("b, wide", 1), ("b, wide", 2)),
+    ]
+    given = {(method, o["seed"]): o for method, _, o in calls(recipe)}
+    assert len(given) == 4
+    assert given["a", "1"]["lr"] == "0.02" and given["a", "1"]["more"] == "1"
+    assert json.loads(given["a", "1"]["names"]) == ["x", "y"] and given["a", "1"]["flag"] == "true"
+    assert given["b", "2"]["lr"] == "3.0e-05" and given["b", "2"]["width"] == "9"
+    table = output(recipe, "table.md").read_text()
+    saved = json.loads(output(recipe, "runs.json").read_text())
+    assert saved == runs and tables.markdown(saved) == table and table in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    best = dict(zip(rows[0], rows[2], strict=True))
+    assert [row[0] for row in rows[2:]] == ["b, wide", "a"]
+    assert best["test CER %"] == "32.5 ± 0.7" and best["dev CER %"] == "31.5 ± 0.7"
+    assert best["trained in encoder + fusion"] == "9,000" and best["trained"] == "9,007"
+    assert (best["step ms"], best["peak MB"], best["training s"]) == ("50", "900", "90")
+    (first, second) = csv.DictReader(output(recipe, "table.csv").open())
+    assert first["method"] == "b, wide" and float(first["test cer mean"]) == pytest.approx(32.47)
+    assert float(second["checkpoint_mb"]) == pytest.approx(0.004) and second["seeds"] == "1; 2"
+    page = output(recipe, "index.html").read_text()
+    assert "b, wide" in page and "32.5 ± 0.7" in page and "http-equiv" not in page
+
+
+def test_time_to_a_score_is_that_of_the_first_epoch_on_dev_that_reached_it(recipe):
+    runs = carry_out(recipe, methods=["a"], options={"lr": 0.02})  # dev 36 after 5 s, then 31
+    assert runs[0]["reach"] == {"score": "cer", "value": 31.0, "seconds": 10.0}
+    for reach, seconds in ((36, 5.0), (35.9, 10.0), (1, None)):
+        (run,) = carry_out(recipe, "--reach", str(reach), methods=["a"], options={"lr": 0.02})
+        assert run["reach"]["seconds"] == seconds
+    assert "s to dev CER 1.0 %" in tables.markdown([run])
+    assert len(calls(recipe)) == 1
+
+
+def test_by_default_the_score_to_reach_is_one_that_all_rows_reached():
+    runs = [{"score": "cer", "dev": {"cer": value}} for value in (30.0, 50.0)]
+    assert compare.reached_by_all(runs) == 50.0
+    runs = [{"score": "accuracy", "dev": {"accuracy": value}} for value in (30.0, 50.0)]
+    assert compare.reached_by_all(runs) == 30.0 and compare.reached_by_all([]) is None
+
+
+def test_a_learning_rate_is_chosen_on_dev_and_only_the_chosen_one_sees_the_test_set(recipe):
+    row = {"method": "a", "grid": {"lr": [0.03, 0.011, 0.001]}, "seeds": [1, 2]}
+    runs = carry_out(recipe, methods=[row, "b"])
+    of_a = [(o["lr"], o["seed"], o.get("testing"), f) for m, f, o in calls(recipe) if m == "a"]
+    assert of_a == [
+        *(("0.03", "1", "false", []), ("0.011", "1", "false", []), ("0.001", "1", "false", [])),
+        *(("0.011", "1", None, ["--test_only"]), ("0.011", "2", None, [])),
+    ]
+    assert {run["chosen"] for run in runs if run["label"] == "a"} == {"lr=0.011"}
+    assert "chosen" not in runs[-1] and "| lr=0.011 |" in output(recipe, "table.md").read_text()
+    trials = json.loads(output(recipe, "trials.json").read_text())
+    assert [trial["settings"]["lr"] for trial in trials] == [0.03, 0.011, 0.001]
+    assert [trial["dev"]["cer"] for trial in trials] == pytest.approx([41, 22, 30])
+
+
+def test_trials_with_options_of_their_own_are_not_the_final_runs(recipe):
+    keys = {"grid": {"lr": [0.03, 0.011]}, "grid_options": {"epochs": 1}}
+    carry_out(recipe, methods=["a"], options={"epochs": 9}, **keys)
+    seen = [(o["lr"], o["epochs"], flags) for _, flags, o in calls(recipe)]
+    assert seen == [("0.03", "1", []), ("0.011", "1", []), ("0.011", "9", [])]
+
+
+def test_varied_options_make_a_row_each_so_that_pruning_is_one_plan(recipe):
+    row = {"method": "a", "label": "tpa", "vary": {"tpa_layers": ["all", "last:3", [1, 2]]}}
+    runs = carry_out(recipe, methods=[row])
+    assert [run["label"] for run in runs] == [
+        *("tpa, tpa_layers=all", "tpa, tpa_layers=last:3", "tpa, tpa_layers=[1, 2]")
+    ]
+    assert [o["tpa_layers"] for _, _, o in calls(recipe)] == ["all", "last:3", "[1, 2]"]
+
+
+def test_what_is_finished_is_not_run_again_and_what_failed_is(recipe, capsys):
+    rows = ["a", {"method": "b", "options": {"break": "error"}}]
+    with pytest.raises(SystemExit) as stopped:
+        carry_out(recipe, methods=rows)
+    assert stopped.value.code == 1 and [call[0] for call in calls(recipe)] == ["a", "b"]
+    (recipe / "mended").touch()
+    runs = carry_out(recipe, methods=rows)
+    assert [call[0] for call in calls(recipe)] == ["a", "b", "b"]
+    assert not any("failed" in run for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("error", "no encoder of that name"),
+        ("signal", "ended by SIGKILL (out of memory?)"),
+        ("nothing", "left no results in"),
+    ],
+)
+def test_a_failed_run_is_a_row_with_its_reason(recipe, fault, reason):
+    rows = ["a", {"method": "b", "options": {"break": fault}}]
+    with pytest.raises(SystemExit):
+        carry_out(recipe, methods=rows)
+    last = output(recipe, "table.md").read_text().splitlines()[-1]
+    assert last.startswith("| b | – |") and reason in last
+    assert reason in output(recipe, "index.html").read_text()
+    runs = json.loads(output(recipe, "runs.json").read_text())
+    assert [("failed" in run) for run in runs] == [False, True]
+
+
+def test_a_row_with_failed_trials_only_fails_and_one_with_a_good_one_does_not(recipe):
+    grid = {"break": ["error", "signal"]}
+    rows = [{"method": "a", "grid": grid}, {"method": "b", "grid": {"break": ["error", "no"]}}]
+    with pytest.raises(SystemExit):
+        carry_out(recipe, methods=rows)
+    runs = json.loads(output(recipe, "runs.json").read_text())
+    assert [(run["label"], "failed" in run) for run in runs] == [
+        *(("a", True), ("a", True), ("b", False))
+    ]
+    assert runs[-1]["chosen"] == "break=no"
+
+
+def test_a_folder_of_a_run_with_other_options_is_a_failure_that_names_them(recipe):
+    carry_out(recipe, methods=["a"], options={"epochs": 9})
+    with pytest.raises(SystemExit):
+        carry_out(recipe, methods=["a"], options={"epochs": 3})
+    (run,) = json.loads(output(recipe, "runs.json").read_text())
+    assert "was run with epochs 9, now it is 3" in run["failed"] and len(calls(recipe)) == 1
+
+
+def test_results_that_cannot_be_read_are_made_again(recipe, capsys):
+    carry_out(recipe, methods=["a"])
+    path = output(recipe, "a/1/results.json")
+    path.write_text('{"method": "a", "dev"')
+    carry_out(recipe, methods=["a"])
+    assert len(calls(recipe)) == 2 and json.loads(path.read_text())["dev"]
+    assert f"{path} cannot be read" in capsys.readouterr().out
+
+
+def test_jobs_run_side_by_side_with_their_share_of_the_cores(recipe, monkeypatch, capsys):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = len(os.sched_getaffinity(0))
+    assert compare._environment(None, 1)["OMP_NUM_THREADS"] == str(cores)
+    assert compare._environment(None, 99)["OMP_NUM_THREADS"] == "1"
+    keys = {"methods": ["a", "b"], "seeds": [1, 2], "options": {"wait": 1}}
+    carry_out(recipe, "--jobs", "4", **keys)
+    told = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "/4] " in line]
+    assert told == ["started:"] * 4 + ["done:"] * 4 and len(calls(recipe)) == 4
+
+
+def test_devices_are_handed_out_in_turn(recipe):
+    plan = make_plan({"recipe": "train.py", "methods": ["a"]}, recipe / "plan.yaml")
+    runner = compare.Runner(plan, 3, ["cuda:0", "cuda:1"])
+    assert runner.free == ["cuda:0", "cuda:1", "cuda:0"]
+    assert compare._environment("cuda:1", 1)["CUDA_VISIBLE_DEVICES"] == "1"
+    (run,) = compare.pending(plan, {})
+    assert compare.command(plan, run, "cuda:1")[-2:] == ["--device", "cuda:0"]
+    assert compare.command(plan, run, "cpu")[-2:] == ["--device", "cpu"]
+
+
+def test_a_run_that_takes_too_long_is_ended(recipe):
+    with pytest.raises(SystemExit):
+        carry_out(recipe, "--limit_minutes", "0.01", methods=["a"], options={"wait": 60})
+    (run,) = json.loads(output(recipe, "runs.json").read_text())
+    assert run["failed"] == "longer than the 0.01 minutes allowed"
+
+
+def test_after_a_kill_the_same_command_goes_on_and_meanwhile_nobody_else_may(recipe):
+    rows = ["a", {"method": "b", "options": {"wait": 30}}]
+    command = [sys.executable, "-m", "hff_modules.compare", write_plan(recipe, methods=rows)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(calls(recipe)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = []
+    while not seen or "running: b, seed 1: epoch 1 done, dev cer 44" not in seen[-1]:
+        seen.append(output(recipe, "progress.txt").read_text())
+        assert time.monotonic() < deadline, seen[-1]
+        time.sleep(0.5)
+    with pytest.raises(PlanError, match="a comparison is running here already"):
+        compare.main(command[3:])
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped; the same command goes on" in told
+    shown = []
+    compare.watch(output(recipe), 0.1, shown.append)  # ends, as nothing runs any more
+    assert len(shown) == 1 and "1 of 2 runs done" in shown[0]
+    rows[1]["options"]["wait"] = 0
+    json_file = output(recipe, "b/1/compare.json")
+    json_file.write_text(json_file.read_text().replace("30", "0"))
+    carry_out(recipe, methods=rows)
+    assert [call[0] for call in calls(recipe)] == ["a", "b", "b"]
+
+
+def test_methods_can_be_given_without_a_plan(recipe, tmp_path):
+    argv = ["--recipe", str(recipe / "train.py"), "--methods", "a", "b", "--seeds", "4"]
+    runs = compare.main([*argv, "--output", str(tmp_path / "out"), "--", "--width", "2"])
+    assert [(run["label"], run["seed"]) for run in runs] == [("a", 4), ("b", 4)]
+    assert (tmp_path / "out" / "a" / "4" / "results.json").exists()
+    assert {o["width"] for _, _, o in calls(recipe)} == {"2"}
+
+
+def test_rows_can_be_picked_from_a_plan(recipe):
+    runs = carry_out(recipe, "--only", "b", "--seeds", "7", methods=["a", {"method": "b"}])
+    assert [(run["label"], run["seed"]) for run in runs] == [("b", 7)]
+    with pytest.raises(PlanError, match="no row 'c'; there are a, b"):
+        carry_out(recipe, "--only", "c", methods=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"methods": ["nosuch"]}, "no method file nosuch; in"),
+        ({"methods": []}, "`methods` is missing or empty"),
+        ({"methods": "a"}, "methods: expected a list, got 'a'"),
+        ({"methods": [{"options": {}}]}, "expected a method file, got"),
+        ({"methods": ["a"], "recipe": "nosuch.py"}, "nosuch.py is not there"),
+        ({"methods": ["a"], "seed": [1]}, "unknown key 'seed'; there are recipe, output, seeds"),
+        ({"methods": [{"method": "a", "lr": 1}]}, "a: unknown key 'lr'"),
+        ({"methods": ["a"], "seeds": []}, "seeds: expected a list of whole numbers, got"),
+        ({"methods": ["a"], "seeds": [1, 1]}, "seeds: one is there twice"),
+        ({"methods": ["a", "a"]}, "two rows are called 'a'"),
+        ({"methods": ["a"], "grid": {"lr": 0.1}}, "grid: lr: expected a list of values, got 0.1"),
+        ({"methods": ["a"], "options": ["x"]}, "options: expected {key: value}"),
+        ({"methods": ["a"], "reach": "low"}, "reach: expected a score in percent, got 'low'"),
+    ],
+)
+def test_a_wrong_plan_is_refused_in_one_line_before_anything_runs(recipe, keys, message):
+    with pytest.raises(PlanError) as refused:
+        carry_out(recipe, **keys)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert not calls(recipe)
+
+
+def test_a_plan_that_cannot_be_read_is_refused_in_one_line(recipe, tmp_path):
+    for text, message in (("a: [", "is no YAML"), ("- a", "expected `key: value` lines")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(PlanError, match=message) as refused:
+            read_plan(tmp_path / "bad.yaml")
+        assert "\n" not in str(refused.value)
+    with pytest.raises(PlanError, match="cannot be read .No such file"):
+        read_plan(tmp_path / "nosuch.yaml")
+    with pytest.raises(PlanError, match="give a plan file, or --recipe and --methods"):
+        compare.main([])
+    with pytest.raises(PlanError, match="--jobs: expected a number above 0, got 0"):
+        carry_out(recipe, "--jobs", "0", methods=["a"])
+    with pytest.raises(PlanError, match="no comparison was started here"):
+        carry_out(recipe, "--watch", methods=["a"])
+
+
+def test_a_score_that_the_task_does_not_have_fails_with_those_it_has(recipe):
+    with pytest.raises(SystemExit):
+        carry_out(recipe, methods=["a"], score="eer")
+    (run,) = json.loads(output(recipe, "runs.json").read_text())
+    assert run["failed"] == "score: eer is not on dev; there are loss, wer, cer"
+
+
+def test_without_matplotlib_everything_but_the_pictures_is_made(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "available", lambda: False)
+    carry_out(recipe, methods=["a"])
+    assert plots.MISSING in capsys.readouterr().out
+    assert output(recipe, "table.md").exists() and not list(output(recipe).glob("*.png"))
+
+
+def test_the_pareto_front_is_what_nothing_else_beats():
+    points = [plots.Point(*p) for p in (("a", 1, 9), ("b", 2, 5), ("c", 3, 7), ("d", 2, 6))]
+    assert [p.label for p in plots.pareto_front(points)] == ["a", "b"]
+    assert [p.label for p in plots.pareto_front(points, larger_is_better=True)] == ["a"]
+
+
+def test_pictures_are_drawn_for_methods_without_parameters_and_for_one_alone(recipe):
+    pytest.importorskip("matplotlib")
+    rows = [{"method": "a", "options": {"width": 0}}, {"method": "b", "options": {"width": 900}}]
+    carry_out(recipe, methods=rows, seeds=[1, 2])
+    for name in compare.PICTURES:
+        assert output(recipe, f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert output(recipe, "index.html").read_text().count("data:image/png;base64,") == 4
