@@ -22,7 +22,8 @@ def count_parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     Arguments
     ---------
     modules : Mapping[str, nn.Module]
-        Everything that runs, with the head under the name ``head``.
+        Everything that runs, with the head under the name ``head``; what is behind it and left
+        after training under the name ``classifier``.
 
     Returns
     -------
@@ -31,7 +32,8 @@ def count_parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
         count), ``trainable_parameters``, ``total_parameters``.
     """
     everything = {id(p): p for m in modules.values() for p in m.parameters()}
-    head = {id(p) for p in modules["head"].parameters()} if "head" in modules else set()
+    behind = [modules[name] for name in ("head", "classifier") if name in modules]
+    head = {id(p) for module in behind for p in module.parameters()}
     trained = {key: p.numel() for key, p in everything.items() if p.requires_grad}
     return {
         "trainable_encoder_parameters": sum(n for key, n in trained.items() if key not in head),
@@ -122,6 +124,7 @@ def _peak_resident_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+PERCENT = ("wer", "cer", "eer", "eer_s_norm", "accuracy", "unweighted_accuracy")
 PACKAGES = ("torch", "torchaudio", "speechbrain", "transformers")
 
 
@@ -174,7 +177,9 @@ def table(results: Mapping[str, Any]) -> str:
     rows.append(("peak memory", f"{results['peak_memory_mb']:.0f} MB"))
     for name, scores in results["test"].items():
         numbers = ", ".join(
-            f"{key.upper()} {value:.2f} %" for key, value in scores.items() if key in ("wer", "cer")
+            f"{key.replace('_', ' ').upper()} {value:.2f} %"
+            for key, value in scores.items()
+            if key in PERCENT
         )
         rows.append((f"test {name}", numbers))
     width = max(len(name) for name, _ in rows)

@@ -99,15 +99,22 @@ def test_every_method_trains_tests_and_leaves_its_results(
     results = job(tmp_path, "--number_of_epochs", "1", *options, method=method, count=2)
     written = json.loads((tmp_path / "results.json").read_text())
     assert written == json.loads(json.dumps(results))
+    weights = written.pop("layer_weights", {})
     assert (
         list(written)
         == (
-            "method encoder layers horizon trainable_encoder_parameters trainable_parameters "
-            "total_parameters train_seconds step_seconds audio_seconds_per_second peak_memory_mb "
-            "epochs seed dev test history versions"
+            "task dataset method encoder layers horizon trainable_encoder_parameters "
+            "trainable_parameters total_parameters train_seconds step_seconds "
+            "audio_seconds_per_second peak_memory_mb epochs seed dev test history versions"
         ).split()
     )
     assert written["method"] == method and written["epochs"] == 1
+    assert (written["task"], written["dataset"]) == ("asr", "tones")
+    weighing = ("weighted_sum", "l_adapters", "elp", "inner_inter", "unipet")
+    assert bool(weights) == (method in (*weighing, "houlsby_weighted_sum"))
+    if weights:
+        assert list(weights) == [str(layer) for layer in written["layers"]]
+        assert sum(weights.values()) == pytest.approx(1, abs=1e-4)
     assert written["test"]["tones"].keys() == {"loss", "wer", "cer"}
     units = 4  # two utterances: A, B, the space and the blank
     if method in ("last_layer", "weighted_sum"):

@@ -1,6 +1,16 @@
-"""Training loops, one file per task; ``base`` holds what they share."""
+"""Training loops, one file per task; ``base`` and ``job`` hold what they share."""
 
 from hff_modules.brains.base import SSLBrain
+from hff_modules.brains.classification import ClassificationBrain, train_classification
 from hff_modules.brains.ctc import CTCBrain, train_ctc
+from hff_modules.brains.speaker import SpeakerBrain, train_speaker
 
-__all__ = ["CTCBrain", "SSLBrain", "train_ctc"]
+__all__ = [
+    "CTCBrain",
+    "ClassificationBrain",
+    "SSLBrain",
+    "SpeakerBrain",
+    "train_classification",
+    "train_ctc",
+    "train_speaker",
+]

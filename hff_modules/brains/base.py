@@ -69,7 +69,7 @@ def trainable_parts(modules: Mapping[str, nn.Module]) -> dict[str, list[nn.Param
 class SSLBrain(sb.Brain):
     """A Brain for a (mostly) frozen encoder, a fusion and a head.
 
-    A task adds ``compute_forward``, ``compute_objectives`` and ``scores``.
+    A task adds its name, ``compute_forward``, ``compute_objectives`` and ``scores``.
 
     Arguments
     ---------
@@ -83,6 +83,8 @@ class SSLBrain(sb.Brain):
         What a checkpoint depends on besides encoder, method and shapes, for its manifest.
     """
 
+    task: str  # its name in results.json
+
     def __init__(self, modules, hparams, run_opts=None, checkpointer=None, task=None):
         hparams = dict(hparams)
         if run_opts is not None and run_opts.get("ckpt_interval_steps"):
@@ -94,6 +96,7 @@ class SSLBrain(sb.Brain):
         )
         self.meter = Meter(self.device)
         self.total_steps = None
+        self.test_set = "test"  # the one that is being scored
         self.trained = Trained(self.parts, self._manifest(task or {}))
         if checkpointer is not None:
             checkpointer.add_recoverable("trained", self.trained, load_trained, save_trained)
@@ -316,7 +319,10 @@ class SSLBrain(sb.Brain):
         history = self.meter.history
         best = min(history, key=lambda past: past[self.hparams.select_by], default={})
         about = ("epoch", "train_seconds", "train_loss")
+        fold = getattr(self.hparams, "fold", None)
         return {
+            "task": self.task,
+            "dataset": self.hparams.dataset,
             "method": self.hparams.method,
             "encoder": self.encoder.source + " (untrained)" * self.encoder.untrained,
             "layers": list(self.encoder.layers),
@@ -325,11 +331,21 @@ class SSLBrain(sb.Brain):
             **self.meter.summary(),
             "epochs": self.meter.epochs,
             "seed": self.hparams.seed,
+            **({} if fold is None else {"fold": fold}),
+            **self.layer_weights(),
             "dev": {name: value for name, value in best.items() if name not in about},
             "test": {name: dict(scores) for name, scores in test.items()},
             "history": history,
             "versions": versions(),
         }
+
+    def layer_weights(self) -> dict[str, dict[int, float]]:
+        """``layer_weights``: {layer: learned weight} where the fusion has them, else nothing."""
+        fusion = self.parts["fusion"]
+        if not hasattr(fusion, "layer_weights"):
+            return {}
+        pairs = zip(self.encoder.layers, fusion.layer_weights(), strict=True)
+        return {"layer_weights": {layer: round(weight, 6) for layer, weight in pairs}}
 
     def report(self, test: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """Write ``results.json``, print the short table; gives the results."""

@@ -11,16 +11,14 @@ from typing import Any
 import jiwer
 import speechbrain as sb
 import torch
-from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.decoders import ctc_greedy_decode
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
-from hff_modules import adapters
 from hff_modules.brains.base import SSLBrain
+from hff_modules.brains.job import build_modules, keep, train_and_test
 from hff_modules.data.loading import (
     add_ctc_items,
-    batches_by_length,
     drop_unalignable,
     filled_cache,
     read_speech,
@@ -43,12 +41,13 @@ class CTCBrain(SSLBrain):
         As for :class:`hff_modules.brains.base.SSLBrain`.
     """
 
+    task = "asr"
+
     def __init__(self, units: Units, *args, **kwargs):
         vocabulary = hashlib.sha256("\n".join(units.vocab_list).encode()).hexdigest()[:16]
         task = {"units": units.kind, "num_units": units.size, "vocabulary": vocabulary}
         super().__init__(*args, task=task, **kwargs)
         self.units = units
-        self.test_set = "test"
         self.searcher = None
 
     def compute_forward(self, batch, stage):
@@ -154,81 +153,21 @@ def train_ctc(
         if unknown:
             logger.warning(f"{name}: {unknown}; each counts as an error")
 
-    encoder = hparams["ssl_encoder"]
-    for method, options in hparams["adapters"].items():
-        adapters.attach(encoder, method, **options)
-    fusion = hparams["fusion"](num_states=len(encoder.layers), input_size=encoder.hidden_size)
-    head = hparams["head"](input_size=fusion.output_size, num_units=units.size)
-    masking = hparams["masking"]
+    modules = build_modules(hparams, num_units=units.size)
+    encoder = modules["encoder"]
     brain = CTCBrain(
         units,
-        modules={"encoder": encoder, "fusion": fusion, "masking": masking, "head": head},
+        modules=modules,
         hparams=hparams,
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
+    keep(hparams)
     if if_main_process():
         units.save(Path(hparams["output_folder"]) / "units")
-        write_atomically(Path(hparams["output_folder"]) / "config.yaml", hparams["config"])
     everything = [train_set, dev_set, *test_sets.values()]
     cache = filled_cache(hparams, encoder, everything)
     for dataset in everything:
         add_ctc_items(dataset, units, encoder.minimum_samples, cache)
     train_set = drop_unalignable(train_set, units, encoder.count_frames)
-
-    brain.fit(
-        hparams["epoch_counter"],
-        training_loader(brain, train_set, hparams),
-        evaluation_loader(dev_set, hparams),
-    )
-    loaders = {name: evaluation_loader(dataset, hparams) for name, dataset in test_sets.items()}
-    return brain.report(brain.test(loaders))
-
-
-def training_loader(brain: SSLBrain, dataset, hparams: Mapping[str, Any]):
-    """Shuffled batches by length, shared out over the processes; its position is checkpointed."""
-    sampler = batches_by_length(
-        dataset,
-        hparams["batch_seconds"],
-        hparams["num_buckets"],
-        hparams["max_batch_size"],
-        seed=hparams["seed"],
-    )
-    if brain.distributed_launch and len(sampler) <= torch.distributed.get_world_size():
-        raise ValueError(
-            f"{len(sampler)} training batches are too few for "
-            f"{torch.distributed.get_world_size()} processes; lower --batch_seconds"
-        )
-    brain.train_sampler = sampler  # so that each epoch is told to it; replaced when distributed
-    return brain.make_dataloader(
-        dataset,
-        stage=sb.Stage.TRAIN,
-        batch_sampler=sampler,
-        collate_fn=PaddedBatch,
-        num_workers=hparams["num_workers"],
-        generator=_own_generator(),
-    )
-
-
-def evaluation_loader(dataset, hparams: Mapping[str, Any]):
-    """Batches by length, longest first."""
-    sampler = batches_by_length(
-        dataset,
-        hparams["batch_seconds"],
-        hparams["num_buckets"],
-        hparams["max_batch_size"],
-        shuffle=False,
-    )
-    return sb.dataio.dataloader.make_dataloader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=PaddedBatch,
-        num_workers=hparams["num_workers"],
-        generator=_own_generator(),
-    )
-
-
-def _own_generator() -> torch.Generator:
-    # A loader draws a number whenever it starts. From the global generator, a resumed run would
-    # draw once more than an undisturbed one, and differ from then on.
-    return torch.Generator().manual_seed(0)
+    return train_and_test(brain, hparams, train_set, dev_set, test_sets)

@@ -1,6 +1,7 @@
-"""From manifests to batches: targets, dynamic batching, no utterance that CTC cannot align."""
+"""From manifests to batches: signals, targets, dynamic batching; nothing that CTC cannot align."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from speechbrain.utils.logger import get_logger
 
 from hff_modules.cache import StateCache
 from hff_modules.data.audio import read_audio
-from hff_modules.data.manifest import read_rows
+from hff_modules.data.manifest import COLUMNS, read_rows
 from hff_modules.data.text import Units
 
 logger = get_logger(__name__)
@@ -20,8 +21,10 @@ logger = get_logger(__name__)
 SAMPLE_RATE = 16000
 
 
-def read_speech(csvs: Iterable[str | Path], data_root: str | Path) -> DynamicItemDataset:
-    """Read manifests, one after the other, as one set of transcribed utterances.
+def read_speech(
+    csvs: Iterable[str | Path], data_root: str | Path, columns: Sequence[str] = COLUMNS
+) -> DynamicItemDataset:
+    """Read manifests, one after the other, as one set of utterances.
 
     Arguments
     ---------
@@ -29,6 +32,8 @@ def read_speech(csvs: Iterable[str | Path], data_root: str | Path) -> DynamicIte
         Manifests as :mod:`hff_modules.data.manifest` writes them.
     data_root : str | Path
         What ``$data_root`` stands for in them.
+    columns : Sequence[str]
+        Columns that the task needs; by default those of transcribed speech.
 
     Returns
     -------
@@ -36,7 +41,7 @@ def read_speech(csvs: Iterable[str | Path], data_root: str | Path) -> DynamicIte
     """
     rows: dict[str, dict] = {}
     for csv in csvs:
-        more = read_rows(csv, data_root)
+        more = read_rows(csv, data_root, columns)
         twice = rows.keys() & more.keys()
         if twice:
             raise ValueError(f"{csv}: {len(twice)} IDs are in another split too: {min(twice)!r}")
@@ -81,13 +86,10 @@ def transcripts(dataset: DynamicItemDataset) -> list[str]:
     return [dataset.data[name]["wrd"] for name in dataset.data_ids]
 
 
-def add_ctc_items(
-    dataset: DynamicItemDataset,
-    units: Units,
-    minimum_samples: int = 0,
-    cache: StateCache | None = None,
+def add_signal(
+    dataset: DynamicItemDataset, minimum_samples: int = 0, cache: StateCache | None = None
 ) -> None:
-    """Let a dataset give ``id``, ``duration``, ``signal``, ``targets`` (units,) and ``wrd``.
+    """Let a dataset give ``id``, ``duration`` and ``signal``.
 
     ``signal`` is what the encoder is to be given: samples (samples,), or stored states (frames,
     num_stored, width) where there is a cache.
@@ -95,8 +97,7 @@ def add_ctc_items(
     Arguments
     ---------
     dataset : DynamicItemDataset
-        With ``wav`` (a path) and ``wrd``.
-    units : CharUnits | SentencePieceUnits
+        With ``wav``, a path.
     minimum_samples : int
         Shorter signals are filled up with silence, so that the encoder gives a frame for them.
     cache : StateCache, optional
@@ -110,12 +111,119 @@ def add_ctc_items(
         missing = minimum_samples - len(samples)
         return torch.nn.functional.pad(samples, (0, missing)) if missing > 0 else samples
 
+    dataset.add_dynamic_item(signal, takes="wav", provides="signal")
+    dataset.set_output_keys(["id", "duration", "signal"])
+
+
+def add_ctc_items(
+    dataset: DynamicItemDataset,
+    units: Units,
+    minimum_samples: int = 0,
+    cache: StateCache | None = None,
+) -> None:
+    """Let a dataset with ``wrd`` also give ``targets`` (units,) and ``wrd``.
+
+    Arguments
+    ---------
+    dataset : DynamicItemDataset
+        With ``wav`` and ``wrd``.
+    units : CharUnits | SentencePieceUnits
+    minimum_samples, cache
+        As for :func:`add_signal`.
+    """
+
     def targets(wrd: str) -> torch.Tensor:
         return torch.tensor(units.encode(wrd), dtype=torch.long)
 
-    dataset.add_dynamic_item(signal, takes="wav", provides="signal")
+    add_signal(dataset, minimum_samples, cache)
     dataset.add_dynamic_item(targets, takes="wrd", provides="targets")
     dataset.set_output_keys(["id", "duration", "signal", "targets", "wrd"])
+
+
+def add_label_items(
+    dataset: DynamicItemDataset,
+    labels: Mapping[str, Sequence[str]],
+    minimum_samples: int = 0,
+    cache: StateCache | None = None,
+) -> None:
+    """Let a dataset with a column for each slot also give ``targets`` (slots,), class numbers.
+
+    Arguments
+    ---------
+    dataset : DynamicItemDataset
+        With ``wav`` and a column for each slot.
+    labels : Mapping[str, Sequence[str]]
+        Classes of each slot in the order of their numbers.
+    minimum_samples, cache
+        As for :func:`add_signal`.
+    """
+    numbers = [{label: n for n, label in enumerate(known)} for known in labels.values()]
+
+    def targets(*values: str) -> torch.Tensor:
+        return torch.tensor([slot[v] for slot, v in zip(numbers, values, strict=True)])
+
+    add_signal(dataset, minimum_samples, cache)
+    dataset.add_dynamic_item(targets, takes=list(labels), provides="targets")
+    dataset.set_output_keys(["id", "duration", "signal", "targets"])
+
+
+def find_labels(
+    dataset: DynamicItemDataset, slots: Sequence[str], source: str
+) -> dict[str, list[str]]:
+    """Find the classes of each slot in the training part.
+
+    Arguments
+    ---------
+    dataset : DynamicItemDataset
+        With a column for each slot.
+    slots : Sequence[str]
+    source : str
+        Where the utterances are from, for messages.
+
+    Returns
+    -------
+    dict[str, list[str]]
+        Sorted, by slot.
+
+    Raises
+    ------
+    ValueError
+        A slot has one class: nothing to learn.
+    """
+    labels = {}
+    for slot in slots:
+        counts = Counter(dataset.data[name][slot] for name in dataset.data_ids)
+        if len(counts) < 2:
+            raise ValueError(
+                f"{source}: every {slot} is {min(counts)!r}; expected two classes or more"
+            )
+        single = sorted(label for label, count in counts.items() if count == 1)
+        if single:
+            logger.warning(
+                f"{source}: expected two examples or more of each {slot}; there is one of "
+                f"{_some(single)}"
+            )
+        labels[slot] = sorted(counts)
+    return labels
+
+
+def check_labels(
+    dataset: DynamicItemDataset, labels: Mapping[str, Sequence[str]], source: str
+) -> None:
+    """Refuse an utterance of dev or test with a class that the training part does not have."""
+    for slot, known in labels.items():
+        allowed = set(known)
+        for name in dataset.data_ids:
+            label = dataset.data[name][slot]
+            if label not in allowed:
+                raise ValueError(
+                    f"{source}: the {slot} of {name!r} is {label!r}, unknown to the training part; "
+                    f"expected one of {_some(known)}"
+                )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
 def needed_frames(targets: list[int]) -> int:

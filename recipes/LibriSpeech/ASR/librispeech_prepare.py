@@ -10,17 +10,15 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hff_modules.data.audio import AudioError, audio_info
 from hff_modules.data.manifest import summarize_manifest, write_manifest
+from hff_modules.data.prepare import ENDINGS, judge, listing, read_durations
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-ENDINGS = (".flac", ".wav", ".opus", ".ogg", ".mp3")
 # Libri-Light: the 10 h set is the 1 h set and 9 h more; the 1 h set is six parts of 10 min.
 LIBRI_LIGHT = {"10h": ("1h", "9h"), "1h": ("1h",), "10min": ("1h/0",)}
 
@@ -117,20 +115,20 @@ def _rows(data_folder: Path, split: str, hours: float | None, max_bad_share: flo
         _search(folder, found)
     if found.transcripts == 0:
         raise FileNotFoundError(
-            f"{folders[0]}: no speaker/chapter/*.trans.txt in it; it holds {_listing(folders[0])}"
+            f"{folders[0]}: no speaker/chapter/*.trans.txt in it; it holds {listing(folders[0])}"
         )
     if is_part and found.without_audio:
         # A limited-supervision list may keep whole chapters' transcripts for a few of their files.
         logger.info("%s: %d transcripts are not part of it", split, len(found.without_audio))
         found.without_audio.clear()
-    infos, unreadable = _read_durations(found.utterances)
+    infos, unreadable = read_durations({name: path for name, (path, _) in found.utterances.items()})
     problems = {
         "transcript without audio": found.without_audio,
         "audio without transcript": found.without_transcript,
         "transcript without words": found.without_words,
         "unreadable or empty audio": unreadable,
     }
-    _judge(split, problems, len(infos), max_bad_share)
+    judge(split, problems, len(infos), max_bad_share)
     rows = [
         {
             "ID": name,
@@ -187,7 +185,7 @@ def _split_folders(data_folder: Path, split: str) -> tuple[list[Path], bool]:
         wanted = split
     raise FileNotFoundError(
         f"data_folder {data_folder}: looked for {wanted} (speaker/chapter/*.trans.txt with audio); "
-        f"the folder holds {_listing(data_folder)}"
+        f"the folder holds {listing(data_folder)}"
     )
 
 
@@ -219,48 +217,6 @@ def _read_transcripts(path: Path) -> list[tuple[str, str]]:
         raise ValueError(f"{path}: the transcript is not UTF-8 ({error})") from error
     parts = (line.strip().partition(" ") for line in lines if line.strip())
     return [(name, " ".join(words.split())) for name, _, words in parts]
-
-
-def _read_durations(
-    utterances: dict[str, tuple[Path, str]],
-) -> tuple[dict[str, float], list[str]]:
-    def duration(path: Path) -> float | AudioError:
-        try:
-            return audio_info(path).duration
-        except AudioError as error:
-            return error
-
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(duration, (path for path, _ in utterances.values())))
-    pairs = list(zip(utterances, results, strict=True))
-    return (
-        {name: result for name, result in pairs if not isinstance(result, AudioError)},
-        [str(result) for _, result in pairs if isinstance(result, AudioError)],
-    )
-
-
-def _judge(split: str, problems: dict[str, list[str]], usable: int, max_bad_share: float) -> None:
-    bad = sum(map(len, problems.values()))
-    if bad == 0:
-        return
-    report = "; ".join(
-        f"{kind}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in problems.items()
-        if names
-    )
-    share = bad / (bad + usable)
-    message = f"{split}: {bad} of {bad + usable} utterances cannot be used: {report}"
-    if usable == 0 or share > max_bad_share:
-        raise ValueError(
-            f"{message}. That is {share:.1%}; max_bad_share={max_bad_share:g} allows "
-            f"{max_bad_share:.1%}"
-        )
-    logger.warning("%s. They are left out.", message)
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "nothing"
 
 
 def _read_stamp(path: Path) -> dict | None:

@@ -1,0 +1,109 @@
+"""What the jobs of all tasks share: modules, loaders, and the way from training to results."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import speechbrain as sb
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.utils.distributed import if_main_process
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hff_modules import adapters
+from hff_modules.brains.base import SSLBrain
+from hff_modules.data.loading import batches_by_length
+from hff_modules.files import write_atomically
+
+
+def build_modules(hparams: Mapping[str, Any], **head_sizes: Any) -> dict[str, nn.Module]:
+    """Encoder with its adapters, fusion, masking and head.
+
+    Arguments
+    ---------
+    hparams : Mapping[str, Any]
+        ``ssl_encoder``, ``adapters``, ``fusion``, ``masking`` and ``head``, as in ``hparams/base``.
+    **head_sizes
+        What only the data can tell the head.
+
+    Returns
+    -------
+    dict[str, torch.nn.Module]
+    """
+    encoder = hparams["ssl_encoder"]
+    for method, options in hparams["adapters"].items():
+        adapters.attach(encoder, method, **options)
+    fusion = hparams["fusion"](num_states=len(encoder.layers), input_size=encoder.hidden_size)
+    head = hparams["head"](input_size=fusion.output_size, **head_sizes)
+    return {"encoder": encoder, "fusion": fusion, "masking": hparams["masking"], "head": head}
+
+
+def keep(hparams: Mapping[str, Any], **files: str) -> None:
+    """Write the merged settings as ``config.yaml``, and other files, into the output folder."""
+    if if_main_process():
+        folder = Path(hparams["output_folder"])
+        for name, text in {"config.yaml": hparams["config"], **files}.items():
+            write_atomically(folder / name, text)
+
+
+def train_and_test(
+    brain: SSLBrain, hparams: Mapping[str, Any], train_set, dev_set, test_sets: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Train on one set, choose by another, test on the rest; gives what ``results.json`` holds."""
+    brain.fit(
+        hparams["epoch_counter"],
+        training_loader(brain, train_set, hparams),
+        evaluation_loader(dev_set, hparams),
+    )
+    loaders = {name: evaluation_loader(dataset, hparams) for name, dataset in test_sets.items()}
+    return brain.report(brain.test(loaders))
+
+
+def training_loader(brain: SSLBrain, dataset, hparams: Mapping[str, Any]) -> DataLoader:
+    """Shuffled batches by length, shared out over the processes; its position is checkpointed."""
+    sampler = batches_by_length(
+        dataset,
+        hparams["batch_seconds"],
+        hparams["num_buckets"],
+        hparams["max_batch_size"],
+        seed=hparams["seed"],
+    )
+    if brain.distributed_launch and len(sampler) <= torch.distributed.get_world_size():
+        raise ValueError(
+            f"{len(sampler)} training batches are too few for "
+            f"{torch.distributed.get_world_size()} processes; lower --batch_seconds"
+        )
+    brain.train_sampler = sampler  # so that each epoch is told to it; replaced when distributed
+    return brain.make_dataloader(
+        dataset,
+        stage=sb.Stage.TRAIN,
+        batch_sampler=sampler,
+        collate_fn=PaddedBatch,
+        num_workers=hparams["num_workers"],
+        generator=_own_generator(),
+    )
+
+
+def evaluation_loader(dataset, hparams: Mapping[str, Any]) -> DataLoader:
+    """Batches by length, longest first."""
+    sampler = batches_by_length(
+        dataset,
+        hparams["batch_seconds"],
+        hparams["num_buckets"],
+        hparams["max_batch_size"],
+        shuffle=False,
+    )
+    return sb.dataio.dataloader.make_dataloader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=PaddedBatch,
+        num_workers=hparams["num_workers"],
+        generator=_own_generator(),
+    )
+
+
+def _own_generator() -> torch.Generator:
+    # A loader draws a number whenever it starts. From the global generator, a resumed run would
+    # draw once more than an undisturbed one, and differ from then on.
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,291 @@
+"""Speaker verification: embeddings, cosine scores of trials, s-norm; from manifests to results.
+
+Additive angular margin: Deng et al. (ArcFace), arXiv 1801.07698, as SpeechBrain has it. Adaptive
+s-norm: Matejka et al., Interspeech 2017.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import speechbrain as sb
+import torch
+from speechbrain.dataio.dataset import DynamicItemDataset, FilteredSortedDynamicItemDataset
+from speechbrain.lobes.models.ECAPA_TDNN import Classifier
+from speechbrain.nnet.linear import Linear
+from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
+from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.logger import get_logger
+from speechbrain.utils.metric_stats import EER, minDCF
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hff_modules.brains.base import SSLBrain
+from hff_modules.brains.job import build_modules, evaluation_loader, keep, train_and_test
+from hff_modules.data.loading import add_label_items, add_signal, filled_cache, read_speech
+from hff_modules.data.trials import Trial, read_trials
+from hff_modules.files import write_atomically
+
+logger = get_logger(__name__)
+
+LOSSES = ("aam", "softmax")
+
+
+class SpeakerBrain(SSLBrain):
+    """Embeddings of fused states, trained to tell the training speakers apart.
+
+    Arguments
+    ---------
+    speakers : Sequence[str]
+        Training speakers in the order of their numbers.
+    trials : Mapping[str, Sequence[Trial]]
+        Of ``dev`` and of each test set, by name.
+    *args, **kwargs
+        As for :class:`hff_modules.brains.base.SSLBrain`; ``modules`` also has ``classifier``.
+    """
+
+    task = "speaker"
+
+    def __init__(
+        self, speakers: Sequence[str], trials: Mapping[str, Sequence[Trial]], *args, **kwargs
+    ):
+        digest = hashlib.sha256("\n".join(speakers).encode()).hexdigest()[:16]
+        super().__init__(*args, task={"num_speakers": len(speakers), "speakers": digest}, **kwargs)
+        self.trials = {name: list(of_set) for name, of_set in trials.items()}
+        self.loss = speaker_loss(self.hparams.loss, self.hparams.margin, self.hparams.scale)
+        self.cohort_loader: DataLoader | None = None
+        self.cohort_speakers: Mapping[str, str] = {}
+        self.cohort: torch.Tensor | None = None
+
+    def compute_forward(self, batch, stage) -> torch.Tensor:
+        """Embeddings (batch, embedding_size)."""
+        features, lengths = self.features(batch.to(self.device))
+        return self.modules.head(features, lengths).float()
+
+    def compute_objectives(self, embeddings, batch, stage) -> torch.Tensor:
+        """Loss over the training speakers; outside training embeddings are kept, the loss is 0."""
+        if stage != sb.Stage.TRAIN:
+            self.embeddings.update(zip(batch.id, embeddings.detach().cpu(), strict=True))
+            return torch.zeros(())
+        logits = self.modules.classifier(embeddings.unsqueeze(1))
+        count = len(embeddings)
+        return self.mean_loss(count * self.loss(logits, batch.targets.data), count, stage)
+
+    def on_stage_start(self, stage, epoch=None) -> None:
+        """Forget the embeddings of before."""
+        super().on_stage_start(stage, epoch)
+        self.embeddings: dict[str, torch.Tensor] = {}
+
+    def on_evaluate_start(self, max_key=None, min_key=None) -> None:
+        """Load the best checkpoint; the first time, find the embeddings of the cohort with it."""
+        super().on_evaluate_start(max_key=max_key, min_key=min_key)
+        if self.cohort is None and self.cohort_loader is not None:
+            self.cohort = self._find_cohort()
+
+    @torch.no_grad()
+    def _find_cohort(self) -> torch.Tensor:
+        self.modules.eval()
+        of_speaker: dict[str, list[torch.Tensor]] = {}
+        for batch in self.cohort_loader:
+            embeddings = self.compute_forward(batch, sb.Stage.TEST).cpu()
+            for name, embedding in zip(batch.id, embeddings, strict=True):
+                unit = nn.functional.normalize(embedding, dim=0)
+                of_speaker.setdefault(self.cohort_speakers[name], []).append(unit)
+        return torch.stack([torch.stack(found).mean(0) for _, found in sorted(of_speaker.items())])
+
+    def scores(self, stage) -> dict[str, float]:
+        """EER in percent and minDCF; on test also after s-norm, and the scores of all trials."""
+        testing = stage == sb.Stage.TEST
+        name = self.test_set if testing else "dev"
+        trials = self.trials[name]
+        names = sorted({n for trial in trials for n in trial[1:]})
+        rows = {n: row for row, n in enumerate(names)}
+        embeddings = nn.functional.normalize(torch.stack([self.embeddings[n] for n in names]))
+        first = torch.tensor([rows[trial.first] for trial in trials])
+        second = torch.tensor([rows[trial.second] for trial in trials])
+        cosines = (embeddings[first] * embeddings[second]).sum(-1)
+        columns = {"": cosines}
+        if testing and self.cohort is not None:
+            to_cohort = embeddings @ nn.functional.normalize(self.cohort).T
+            nearest = self.hparams.cohort_nearest
+            columns["_s_norm"] = s_norm(cosines, to_cohort[first], to_cohort[second], nearest)
+        same = torch.tensor([trial.same for trial in trials])
+        scores = {}
+        for suffix, values in columns.items():
+            scores[f"eer{suffix}"] = 100 * EER(values[same], values[~same])[0]
+            scores[f"min_dcf{suffix}"] = minDCF(values[same], values[~same])[0]
+        if testing and if_main_process():
+            table = zip(trials, *(values.tolist() for values in columns.values()), strict=True)
+            lines = [
+                " ".join([str(int(t.same)), t.first, t.second, *(f"{v:.5f}" for v in values)])
+                for t, *values in table
+            ]
+            path = Path(self.hparams.output_folder) / f"test-{name}.txt"
+            write_atomically(path, "\n".join(lines) + "\n")
+        return scores
+
+
+def speaker_loss(kind: str, margin: float, scale: float) -> LogSoftmaxWrapper:
+    """SpeechBrain's loss over scores (batch, 1, speakers) and numbers (batch, 1): its mean.
+
+    Arguments
+    ---------
+    kind : str
+        "aam" (additive angular margin, scores are cosines) or "softmax".
+    margin, scale : float
+        Of the former.
+    """
+    if kind not in LOSSES:
+        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {kind!r}")
+    if kind == "softmax":
+        return LogSoftmaxWrapper(nn.Identity())
+    return LogSoftmaxWrapper(AdditiveAngularMargin(margin=margin, scale=scale))
+
+
+def speaker_classifier(kind: str, embedding_size: int, num_speakers: int) -> nn.Module:
+    """SpeechBrain's layer behind the embeddings: cosines for "aam", a linear map for "softmax"."""
+    if kind == "aam":
+        return Classifier(embedding_size, out_neurons=num_speakers)
+    return Linear(input_size=embedding_size, n_neurons=num_speakers)
+
+
+def s_norm(
+    scores: torch.Tensor, first: torch.Tensor, second: torch.Tensor, nearest: int
+) -> torch.Tensor:
+    """Adaptive symmetric normalisation: how far a score stands out from those with a cohort.
+
+    Arguments
+    ---------
+    scores : torch.Tensor
+        (trials,).
+    first, second : torch.Tensor
+        (trials, cohort), scores of both sides with the cohort.
+    nearest : int
+        How many of the highest of them count.
+
+    Returns
+    -------
+    torch.Tensor
+        (trials,).
+    """
+    normed = torch.zeros_like(scores)
+    for side in (first, second):
+        top = side.topk(min(nearest, side.shape[1]), dim=1).values
+        normed += 0.5 * (scores - top.mean(1)) / top.std(1).clamp(min=1e-6)
+    return normed
+
+
+def train_speaker(
+    hparams: dict[str, Any],
+    run_opts: Any,
+    data_root: str | Path,
+    train: Iterable[str | Path],
+    dev: str | Path,
+    test: Mapping[str, str | Path],
+    trials: Mapping[str, str | Path],
+) -> dict[str, Any]:
+    """Train embeddings on manifests, score trials; leaves checkpoints and ``results.json``.
+
+    Arguments
+    ---------
+    hparams : dict[str, Any]
+        From :func:`hff_modules.config.load_config`.
+    run_opts : speechbrain.utils.run_opts.RunOptions
+    data_root : str | Path
+        What ``$data_root`` stands for in the manifests.
+    train : Iterable[str | Path]
+        Manifests.
+    dev : str | Path
+        Manifest.
+    test : Mapping[str, str | Path]
+        Manifest of each test set, by name.
+    trials : Mapping[str, str | Path]
+        List of trials (:mod:`hff_modules.data.trials`) of ``dev`` and of each test set.
+
+    Returns
+    -------
+    dict[str, Any]
+        As in ``results.json``.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two speakers to train on, a speaker to train on in dev or test, or trials that
+        name absent utterances.
+    """
+    columns = ("ID", "duration", "wav", "spk_id")
+    train = list(train)
+    source = ", ".join(map(str, train))
+    everybody = read_speech(train, data_root, columns)
+    train_set = drop_rare_speakers(everybody, hparams["min_utterances"], source)
+    of_train = {name: train_set.data[name]["spk_id"] for name in train_set.data_ids}
+    evaluated, lists = {}, {}
+    for part, csv in {"dev": dev, **test}.items():
+        dataset = read_speech([csv], data_root, columns)
+        known = {dataset.data[name]["spk_id"] for name in dataset.data_ids} & {*of_train.values()}
+        if known:
+            raise ValueError(f"{csv}: {min(known)} is a speaker of {source}, too; expected others")
+        lists[part] = read_trials(trials[part], set(dataset.data_ids), csv)
+        evaluated[part] = dataset
+
+    speakers = sorted(set(of_train.values()))
+    loss = hparams["loss"]
+    speaker_loss(loss, hparams["margin"], hparams["scale"])  # refuses an unknown one
+    modules = build_modules(hparams)
+    classifier = speaker_classifier(loss, modules["head"].embedding_size, len(speakers))
+    brain = SpeakerBrain(
+        speakers,
+        lists,
+        modules={**modules, "classifier": classifier},
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=hparams["checkpointer"],
+    )
+    keep(hparams)
+    encoder = modules["encoder"]
+    cache = filled_cache(hparams, encoder, [train_set, *evaluated.values()])
+    add_label_items(train_set, {"spk_id": speakers}, encoder.minimum_samples, cache)
+    for dataset in evaluated.values():
+        add_signal(dataset, encoder.minimum_samples, cache)
+    if hparams["cohort_speakers"] > 1:
+        chosen = choose_cohort(of_train, hparams["cohort_speakers"], hparams["cohort_utterances"])
+        cohort = FilteredSortedDynamicItemDataset(train_set, chosen)
+        brain.cohort_loader, brain.cohort_speakers = evaluation_loader(cohort, hparams), of_train
+    dev_set = evaluated.pop("dev")
+    return train_and_test(brain, hparams, train_set, dev_set, evaluated)
+
+
+def drop_rare_speakers(
+    dataset: DynamicItemDataset, minimum: int, source: str
+) -> FilteredSortedDynamicItemDataset:
+    """Leave out speakers of whom there are fewer utterances; says how many in a warning."""
+    counts = Counter(dataset.data[name]["spk_id"] for name in dataset.data_ids)
+    rare = sorted(speaker for speaker, count in counts.items() if count < minimum)
+    if len(counts) - len(rare) < 2:
+        raise ValueError(
+            f"{source}: {len(counts) - len(rare)} speakers with {minimum} utterances or more; "
+            "expected two or more to train on"
+        )
+    if rare:
+        logger.warning(
+            f"{source}: expected {minimum} utterances or more of each speaker; {len(rare)} of "
+            f"{len(counts)} speakers have fewer and are left out: {', '.join(rare[:3])}"
+            f"{', ...' if len(rare) > 3 else ''}"
+        )
+    kept = [n for n in dataset.data_ids if counts[dataset.data[n]["spk_id"]] >= minimum]
+    return FilteredSortedDynamicItemDataset(dataset, kept)
+
+
+def choose_cohort(speakers: Mapping[str, str], count: int, utterances: int) -> list[str]:
+    """IDs of the first ``utterances`` of ``count`` speakers, spread evenly over all of them."""
+    names = sorted(set(speakers.values()))
+    kept = {names[n * len(names) // count] for n in range(count)} if count < len(names) else names
+    taken, chosen = Counter(), []
+    for name in sorted(speakers):
+        speaker = speakers[name]
+        if speaker in kept and taken[speaker] < utterances:
+            taken[speaker] += 1
+            chosen.append(name)
+    return chosen

@@ -1,0 +1,283 @@
+"""What recipes share to make manifests: reading durations, leaving out what is broken, no leaks.
+
+A recipe reads the tables or folders of its data set into rows; :func:`write_parts` does the rest.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from speechbrain.utils.logger import get_logger
+
+from hff_modules.data.audio import AudioError, audio_info
+from hff_modules.data.manifest import summarize_manifest, write_manifest
+from hff_modules.files import write_atomically
+
+logger = get_logger(__name__)
+
+ENDINGS = (".flac", ".wav", ".opus", ".ogg", ".mp3")
+
+
+def expect(data_folder: str | os.PathLike, names: Iterable[str], layout: str) -> Path:
+    """Give the data folder if it holds what it should.
+
+    Arguments
+    ---------
+    data_folder : str or path
+    names : iterable of str
+        Files or folders that must be in it, as paths relative to it.
+    layout : str
+        The data set and its layout, for the message.
+
+    Returns
+    -------
+    Path
+        Absolute.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder or something in it is not there; says what was expected and what there is.
+    """
+    folder = Path(data_folder).absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data_folder {folder}: no such folder; expected {layout}")
+    absent = [name for name in names if not (folder / name).exists()]
+    if absent:
+        raise FileNotFoundError(
+            f"data_folder {folder}: no {', '.join(absent)} in it; expected {layout}; "
+            f"it holds {listing(folder)}"
+        )
+    return folder
+
+
+def listing(folder: Path) -> str:
+    """Name the first things in a folder, for messages."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "nothing"
+
+
+def find_audio(folder: Path) -> list[Path]:
+    """Audio files of a folder, sorted; hidden files (macOS leaves some) are no audio."""
+    files = (p for p in folder.iterdir() if p.suffix.lower() in ENDINGS)
+    return sorted(p for p in files if not p.name.startswith("."))
+
+
+def read_table(
+    path: Path, columns: Sequence[str], delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL
+) -> list[dict[str, str]]:
+    """Read a table of a data set.
+
+    Arguments
+    ---------
+    path : Path
+        Delimited text with a line of headings.
+    columns : sequence of str
+        Columns that must be there.
+    delimiter : str
+    quoting : int
+        ``csv.QUOTE_NONE`` where quotation marks are text.
+
+    Returns
+    -------
+    list of dict
+        One per line, by heading.
+
+    Raises
+    ------
+    ValueError
+        A column is not there, a line is too short, or the file is not UTF-8.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting)
+            header = reader.fieldnames or []
+            absent = [column for column in columns if column not in header]
+            if absent:
+                raise ValueError(
+                    f"{path}: expected the columns {', '.join(columns)}; it has "
+                    f"{', '.join(header) or 'nothing'}"
+                )
+            rows = []
+            for row in reader:
+                if any(row[column] is None for column in columns):
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: expected {len(header)} fields"
+                    )
+                rows.append(row)
+            return rows
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text ({error})") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a list that are not empty."""
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def read_durations(paths: Mapping[str, Path]) -> tuple[dict[str, float], list[str]]:
+    """Seconds of audio files by ID, and what is wrong with the others."""
+
+    def duration(path: Path) -> float | AudioError:
+        try:
+            return audio_info(path).duration
+        except AudioError as error:
+            return error
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(duration, paths.values()))
+    pairs = list(zip(paths, results, strict=True))
+    return (
+        {name: result for name, result in pairs if not isinstance(result, AudioError)},
+        [str(result) for _, result in pairs if isinstance(result, AudioError)],
+    )
+
+
+def judge(
+    part: str, problems: Mapping[str, Sequence[str]], usable: int, max_bad_share: float
+) -> None:
+    """Name in a warning what cannot be used; refuse a part with too much of it.
+
+    Arguments
+    ---------
+    part : str
+        Name of the part, for the message.
+    problems : mapping of str to sequence of str
+        Unusable utterances by kind of trouble.
+    usable : int
+        The others.
+    max_bad_share : float
+        Share of unusable utterances that is an error.
+    """
+    bad = sum(map(len, problems.values()))
+    if bad == 0:
+        return
+    report = "; ".join(
+        f"{kind}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in problems.items()
+        if names
+    )
+    share = bad / (bad + usable)
+    message = f"{part}: {bad} of {bad + usable} utterances cannot be used: {report}"
+    if usable == 0 or share > max_bad_share:
+        raise ValueError(
+            f"{message}. That is {share:.1%}; max_bad_share={max_bad_share:g} allows "
+            f"{max_bad_share:.1%}"
+        )
+    logger.warning("%s. They are left out.", message)
+
+
+def write_parts(
+    data_folder: Path,
+    save_folder: str | os.PathLike,
+    parts: Mapping[str, Sequence[Mapping[str, str]]],
+    labels: Sequence[str] = (),
+    max_bad_share: float = 0.02,
+) -> dict[str, Path]:
+    """Write one manifest per part, once the parts are known to share no speaker.
+
+    Arguments
+    ---------
+    data_folder : Path
+        The ``data_root`` of the manifests.
+    save_folder : str or path
+        Gets ``{part}.csv``, and ``parts.json``, by which a second call with the same rows knows
+        that nothing is to be done.
+    parts : mapping of str to sequence of mappings
+        Rows with ``ID``, ``wav`` (relative to ``data_folder``), ``spk_id`` ("" where nobody knows
+        who speaks) and the labels.
+    labels : sequence of str
+        Columns besides these.
+    max_bad_share : float
+        Share of a part that may be unreadable or absent; named in a warning, more is an error.
+
+    Returns
+    -------
+    dict
+        ``{part: path of its manifest}``.
+
+    Raises
+    ------
+    ValueError
+        A speaker or a recording is in two parts, or too much cannot be read.
+    """
+    check_apart(parts)
+    save_folder = Path(save_folder)
+    paths = {part: save_folder / f"{part}.csv" for part in parts}
+    rows = {part: [dict(row) for row in rows] for part, rows in parts.items()}
+    known = json.dumps([str(data_folder), rows, list(labels), max_bad_share], sort_keys=True)
+    stamp = json.dumps({"made_from": hashlib.sha256(known.encode()).hexdigest()}) + "\n"
+    stamp_file = save_folder / "parts.json"
+    if stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp:
+        if all(path.is_file() for path in paths.values()):
+            return paths
+    stamp_file.unlink(missing_ok=True)
+    for part, path in paths.items():
+        audio = {row["ID"]: data_folder / row["wav"] for row in rows[part]}
+        durations, unreadable = read_durations(audio)
+        judge(
+            part, {"absent, unreadable or empty audio": unreadable}, len(durations), max_bad_share
+        )
+        table = [
+            {**row, "duration": durations[row["ID"]], "wav": f"$data_root/{row['wav']}"}
+            for row in rows[part]
+            if row["ID"] in durations
+        ]
+        write_manifest(path, table, ("ID", "duration", "wav", "spk_id", *labels))
+        logger.info("Wrote %s: %s", path, summarize_manifest(path))
+    write_atomically(stamp_file, stamp)
+    return paths
+
+
+def check_apart(parts: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
+    """Refuse parts that share a recording, or a speaker where they are known.
+
+    Arguments
+    ---------
+    parts : mapping of str to sequence of mappings
+        Rows with ``ID``, ``wav`` and ``spk_id``.
+    """
+    for column, what in (("wav", "recording"), ("spk_id", "speaker")):
+        seen: dict[str, str] = {}
+        for part, rows in parts.items():
+            for value in {row[column] for row in rows} - {""}:
+                if value in seen:
+                    raise ValueError(
+                        f"the {what} {value} is in {seen[value]} and in {part}: scores would be "
+                        "too good; expected parts that share none"
+                    )
+                seen[value] = part
+
+
+def at_most(rows: Sequence[dict], column: str, limit: int | None, seed: int) -> list[dict]:
+    """Rows of which no value of ``column`` has more than ``limit``, drawn at random; all for None.
+
+    Arguments
+    ---------
+    rows : sequence of dict
+        Rows with ``ID`` and ``column``.
+    column : str
+    limit : int, optional
+    seed : int
+
+    Returns
+    -------
+    list of dict
+        In the order of ``rows``.
+    """
+    if limit is None:
+        return list(rows)
+    shuffled = sorted(rows, key=lambda row: row["ID"])
+    random.Random(seed).shuffle(shuffled)
+    counts, kept = Counter(), set()
+    for row in shuffled:
+        counts[row[column]] += 1
+        if counts[row[column]] <= limit:
+            kept.add(row["ID"])
+    return [row for row in rows if row["ID"] in kept]
