@@ -96,6 +96,11 @@ class SSLEncoder(nn.Module):
         return self._family.minimum_samples
 
     @property
+    def maximum_samples(self) -> int | None:
+        """The longest utterance (samples) that the encoder takes at once; None if any."""
+        return self._family.maximum_samples
+
+    @property
     def horizon(self) -> int:
         """The highest state that training cannot change; -1 if there is none, not even state 0."""
         family = self._family
@@ -164,16 +169,19 @@ class SSLEncoder(nn.Module):
         return {n: p for n, p in self.model.named_parameters() if id(p) not in excluded}
 
     def train(self, mode: bool = True) -> "SSLEncoder":
-        """Set the mode above the horizon; what lies below always stays in evaluation mode.
+        """Set the mode of what is trained; what is frozen always stays in evaluation mode.
 
-        Frozen batch norms stay there as well, so their statistics do not drift.
+        A layer has its dropout only if weights of its own are trained: noise in a frozen layer
+        regularises nothing, and costs attention its fast kernels and the graph its masks (with
+        parallel adapters in all layers half the memory). Frozen batch norms stay in evaluation mode
+        everywhere, so their statistics do not drift.
         """
         super().train(mode)
         self._mode_horizon = self.horizon
         if mode and self._mode_horizon >= 0:
             self.model.eval()
             for layer in self._family.layers[self._mode_horizon :]:
-                layer.train()
+                layer.train(any(p.requires_grad for p in layer.parameters()))
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 if not any(p.requires_grad for p in module.parameters()):
@@ -188,7 +196,7 @@ class SSLEncoder(nn.Module):
         self,
         wavs: torch.Tensor,
         wav_lens: torch.Tensor | None = None,
-        adapters: str | Sequence[str | None] | None = None,
+        adapters: str | Sequence[str | Sequence[str] | None] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Give the selected states.
 
@@ -199,9 +207,9 @@ class SSLEncoder(nn.Module):
             num_stored, width), and the work starts at the horizon.
         wav_lens : torch.Tensor, optional
             (batch,), valid share of each row as SpeechBrain has it; all valid by default.
-        adapters : str | Sequence[str | None], optional
-            Name of the adapter to use, for the whole batch or one for each utterance (None: the
-            plain encoder); by default every adapter that is enabled.
+        adapters : str | Sequence[str | Sequence[str] | None], optional
+            Name of the adapter to use, for the whole batch, or one or several for each utterance
+            (None: the plain encoder); by default every adapter that is enabled.
 
         Returns
         -------
@@ -224,7 +232,7 @@ class SSLEncoder(nn.Module):
         else:
             states, hidden, lengths, call = self._run_frozen(wavs, wav_lens)
         for number in range(max(horizon, 0) + 1, self.top + 1):
-            hidden, call = self._step(number, hidden, call, states)
+            hidden, call = self._step(number, hidden, call, states, self.layers)
         frames = int(lengths.max())
         return torch.stack([states[k][:, :frames] for k in self.layers]), lengths
 
@@ -267,21 +275,95 @@ class SSLEncoder(nn.Module):
         kept = [states[number][:, : int(lengths.max())] for number in self.stored_layers]
         return torch.stack(kept, dim=2), lengths
 
-    def _run_frozen(self, wavs, wav_lens):
-        """From waveforms to the horizon, or to what enters layer 1 if there is none."""
+    @torch.no_grad()
+    def base_states(
+        self, wavs: torch.Tensor, wav_lens: torch.Tensor | None, layers: Sequence[int]
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+        """Give states of the encoder without any adapter, selected or not, to :meth:`go_on` from.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            (batch, samples), 16 kHz, -1 to 1.
+        wav_lens : torch.Tensor, optional
+            (batch,), valid share of each row; all valid by default.
+        layers : Sequence[int]
+            Which states; nothing above the highest is run.
+
+        Returns
+        -------
+        tuple[dict[int, torch.Tensor], torch.Tensor]
+            States by layer (batch, frames, width) and valid frames (batch,). Whisper's have all
+            the frames of its window, as its layers look at them.
+
+        Raises
+        ------
+        ValueError
+            When an utterance is too short, or a method that changes the encoder's own weights is
+            not disabled.
+        """
+        if wav_lens is None:
+            wav_lens = wavs.new_ones(len(wavs))
+        select_rows(self.adapters, [None] * len(wavs), len(wavs))
+        states, _, lengths, _ = self._run_frozen(wavs, wav_lens, layers)
+        return states, lengths
+
+    @torch.no_grad()
+    def go_on(
+        self,
+        state: torch.Tensor,
+        lengths: torch.Tensor,
+        start: int,
+        layers: Sequence[int],
+        adapters: str | Sequence[str | Sequence[str] | None] | None = None,
+    ) -> dict[int, torch.Tensor]:
+        """Give higher states, with adapters, from one that :meth:`base_states` gave.
+
+        Arguments
+        ---------
+        state : torch.Tensor
+            (batch, frames, width), state ``start``.
+        lengths : torch.Tensor
+            (batch,), valid frames.
+        start : int
+            At or below the horizon of the adapters.
+        layers : Sequence[int]
+            Which states, all above ``start``.
+        adapters : str | Sequence[str | Sequence[str] | None], optional
+            As in :meth:`forward`.
+
+        Returns
+        -------
+        dict[int, torch.Tensor]
+            States by layer, (batch, frames, width).
+        """
+        select_rows(self.adapters, adapters, len(state))
+        if not self._family.hears_padding:
+            state = state[:, : int(lengths.max())]
+        states, hidden, call = {}, state, self._family.call_for(state, lengths)
+        for number in range(start + 1, max(layers) + 1):
+            hidden, call = self._step(number, hidden, call, states, layers)
+        return states
+
+    def _run_frozen(self, wavs, wav_lens, layers=None):
+        """From waveforms to the horizon, or to what enters layer 1 if there is none.
+
+        With ``layers``, to the highest of them, and their states are given.
+        """
         num_samples = (wav_lens * wavs.shape[1]).round().long()
         if int(num_samples.min()) < self.minimum_samples:
             raise ValueError(
                 f"utterance {int(num_samples.argmin())} of the batch has {int(num_samples.min())} "
                 f"samples; {self.source} needs at least {self.minimum_samples} to give a frame"
             )
-        states, horizon = {}, self.horizon
+        wanted, horizon = (self.layers, self.horizon) if layers is None else (layers, max(layers))
+        states = {}
         with self._frozen(wavs.device) if horizon >= 0 else contextlib.nullcontext():
             hidden, lengths, call = self._family.enter(wavs, num_samples)
-            if 0 in self.layers:
+            if 0 in wanted:
                 states[0] = hidden.float()
             for number in range(1, horizon + 1):
-                hidden, call = self._step(number, hidden, call, states)
+                hidden, call = self._step(number, hidden, call, states, wanted)
         return states, hidden.float(), lengths, call
 
     def _restore(self, stored, lens):
@@ -324,13 +406,13 @@ class SSLEncoder(nn.Module):
             "adapters": frozen,
         }
 
-    def _step(self, number, hidden, call, states):
+    def _step(self, number, hidden, call, states, wanted):
         """Layer ``number``: its output, and what the layer above is called with."""
         hidden, call = self._put_in_front(number, hidden, call, stay=True)
         longer, longer_call = self._put_in_front(number, hidden, call, stay=False)
         out = self._family.run_layer(number, longer, longer_call)
         hidden = out[:, longer_call.front - call.front :]
-        if number in self.layers:
+        if number in wanted:
             norm = self._family.final_norm if number == self.num_layers else None
             speech = hidden[:, call.front :]
             states[number] = (norm(speech) if norm is not None else speech).float()

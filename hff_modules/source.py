@@ -119,14 +119,13 @@ def fingerprints(family: Family) -> list[str]:
         for name, tensor in family.model.state_dict(keep_vars=True).items()
         if id(tensor) not in in_layers and tensor is not None
     }
-    if family.final_norm is not None:  # above the layers, so the last layer's business
-        for name, tensor in list(outside.items()):
-            if any(tensor is p for p in family.final_norm.parameters()):
-                del outside[name]
+    # Above the layers, so the last layer's business; nothing is left of it where that is cut off.
+    norm = family.final_norm.state_dict(keep_vars=True) if family.final_norm is not None else {}
+    outside = {n: t for n, t in outside.items() if not any(t is own for own in norm.values())}
     hashes = [hash_tensors(outside, json.dumps(family.preprocessor, sort_keys=True))]
     hashes += [hash_tensors(layer.state_dict()) for layer in family.layers]
-    if family.final_norm is not None:
-        hashes[-1] = hash_tensors(family.final_norm.state_dict(), hashes[-1])
+    if norm:
+        hashes[-1] = hash_tensors(norm, hashes[-1])
     return hashes
 
 

@@ -201,20 +201,25 @@ def join_frames(
         joined = torch.cat([frames for _, frames in given.values()])
         there = torch.ones(batch, len(joined), dtype=torch.bool, device=joined.device)
         return joined.expand(batch, -1, -1), there, tuple(given)
-    # Each utterance has one adapter here. Its frames stand right in front of the speech, where
-    # they would be without the others.
-    more = max(len(frames) for _, frames in given.values())
+    # The frames of an utterance stand right in front of its speech, where they would be without
+    # those of the others.
+    by_row: list[list[torch.Tensor]] = [[] for _ in range(batch)]
+    for rows, frames in given.values():
+        for row in range(batch) if rows is None else rows.tolist():
+            by_row[row].append(frames)
+    more = max(sum(map(len, own)) for own in by_row)
     first = next(iter(given.values()))[1]
     joined = first.new_zeros(batch, more, first.shape[-1])
     there = torch.zeros(batch, more, dtype=torch.bool, device=first.device)
-    for rows, frames in given.values():
-        joined[rows, more - len(frames) :] = frames
-        there[rows, more - len(frames) :] = True
+    for row, own in enumerate(by_row):
+        if own:
+            start = more - sum(map(len, own))
+            joined[row, start:], there[row, start:] = torch.cat(own), True
     return joined, there, tuple(given)
 
 
 def select_rows(
-    adapters: nn.ModuleDict, names: str | Sequence[str | None] | None, batch: int
+    adapters: nn.ModuleDict, names: str | Sequence[str | Sequence[str] | None] | None, batch: int
 ) -> None:
     """Tell each adapter which utterances of the coming batch are its own.
 
@@ -222,9 +227,9 @@ def select_rows(
     ---------
     adapters : nn.ModuleDict
         Adapters of an encoder by name.
-    names : str | Sequence[str | None], optional
-        One name for the whole batch; one for each utterance (None: the plain encoder); or nothing:
-        every adapter that is enabled, everywhere.
+    names : str | Sequence[str | Sequence[str] | None], optional
+        One name for the whole batch; one or several for each utterance (None: the plain encoder);
+        or nothing: every adapter that is enabled, everywhere.
     batch : int
         Utterances in the batch.
 
@@ -240,17 +245,19 @@ def select_rows(
         for adapter in adapters.values():
             adapter.rows = None
         return
-    by_row = [names] * batch if isinstance(names, str) else list(names)
-    unknown = sorted({name for name in by_row if name is not None and name not in adapters})
+    choices = [names] * batch if isinstance(names, str) else names
+    by_row = [{one} if isinstance(one, str) else set(one or ()) for one in choices]
+    chosen = set().union(*by_row)
+    unknown = sorted(chosen - set(adapters))
     if unknown:
         raise KeyError(f"no adapter {unknown[0]!r} is attached; there are {list(adapters)}")
-    disabled = sorted({name for name in by_row if name is not None and not adapters[name].enabled})
+    disabled = sorted(name for name in chosen if not adapters[name].enabled)
     if disabled:
         raise ValueError(f"adapter {disabled[0]!r} is switched off; enable it first")
     if len(by_row) != batch:
         raise ValueError(f"{len(by_row)} adapter names were given for {batch} utterances")
     for name, adapter in adapters.items():
-        rows = [row for row, chosen in enumerate(by_row) if chosen == name]
+        rows = [row for row, own in enumerate(by_row) if name in own]
         everywhere = len(rows) == batch
         if not everywhere and not adapter.switched_by_row and adapter.enabled:
             raise ValueError(
