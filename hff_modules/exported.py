@@ -212,9 +212,8 @@ class Exported(nn.Module):
                 # What changes the encoder's own weights is on only while this model is called.
                 if not encoder.adapters[own].switched_by_row:
                     encoder.adapters[own].set_enabled(False)
-        device = next(itertools.chain(encoder.parameters(), encoder.buffers())).device
-        self.fusion.to(device)
-        self.head.to(device)
+        self.fusion.to(self.device)
+        self.head.to(self.device)
         if self.task == "asr":
             self.units = load_units(folder / TOKENIZER)
             self._written = written(self.units)
@@ -248,6 +247,11 @@ class Exported(nn.Module):
             adapters.attach(self.encoder, adapter["method"], own, **adapter["options"], **chosen)
             self._saved_as[own] = adapter["name"]
         return list(self._saved_as)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(itertools.chain(self.encoder.parameters(), self.encoder.buffers())).device
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Give the live tensors of adapters, fusion and head, by their names in the file."""

@@ -129,8 +129,11 @@ def test_the_run_s_score_comes_out_of_another_process_in_another_folder(
     files = [str(tones / f"{name}.wav") for name in expected]
     done = subprocess.run(
         [sys.executable, "-c", script, str(target), *files],
-        cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == list(expected.values())
 

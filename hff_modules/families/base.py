@@ -84,6 +84,7 @@ class Family:
     """
 
     minimum_samples = 400
+    maximum_samples: int | None = None  # of an utterance
     hears_padding = False  # whether layers look at what lies behind an utterance
 
     def __init__(self, model: nn.Module, preprocessor: dict):

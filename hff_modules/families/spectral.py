@@ -61,6 +61,7 @@ class WhisperFamily(Family):
         model.layerdrop = 0.0
         seconds = model.config.max_source_positions // 50
         self.log_mel = WhisperLogMel(model.config.num_mel_bins, seconds)
+        self.maximum_samples = self.log_mel.num_samples
 
     norm_comes_last = True
 

@@ -1,0 +1,497 @@
+"""Transcribe recordings of any length with an exported model.
+
+    python -m hff_modules.transcribe my_model speech.wav
+    python -m hff_modules.transcribe my_model calls/ "*.mp3" --format jsonl --output calls.jsonl
+    cat speech.flac | python -m hff_modules.transcribe my_model - --format srt
+
+A recording that is longer than a window is read in overlapping windows, which are joined at the
+frame where both hear a pause, so memory does not grow with its length. One line on standard error
+for each recording that failed; the exit code is then 1, and all others are done.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from speechbrain.decoders.ctc import CTCPrefixBeamSearcher
+from tqdm import tqdm
+
+from hff_modules.alignment import Word, aligned, best_path, words, written
+from hff_modules.cli import run
+from hff_modules.data.audio import AudioError, read_audio
+from hff_modules.data.loading import needed_frames
+from hff_modules.data.text import Units
+from hff_modules.exported import Exported, ExportError, load_exported
+from hff_modules.files import open_atomically
+from hff_modules.recordings import (
+    SAMPLE_RATE,
+    Failure,
+    Recording,
+    batches_by_length,
+    find_recordings,
+    read_pieces,
+    windows,
+)
+
+AT_ONCE = 256  # recordings; results come in the order of the recordings
+SUFFIXES = {"text": ".txt", "jsonl": ".jsonl", "srt": ".srt"}
+PAUSE, CUE_SECONDS, CUE_LETTERS = 1.0, 6.0, 84  # where a subtitle ends
+
+
+@dataclass(frozen=True)
+class TimedWord:
+    """A word, and from when to when it lasts in seconds."""
+
+    text: str
+    start: float
+    end: float
+
+
+class Decoder:
+    """From log probabilities to words and their frames.
+
+    Arguments
+    ---------
+    units : CharUnits | SentencePieceUnits
+    beam : int, optional
+        Width of SpeechBrain's prefix beam search; the best path by default.
+    """
+
+    def __init__(self, units: Units, beam: int | None = None):
+        self.units, self.written = units, written(units)
+        self.searcher = None
+        if beam is not None:
+            self.searcher = CTCPrefixBeamSearcher(
+                blank_index=units.blank_index, vocab_list=units.vocab_list, beam_size=beam
+            )
+
+    def best_words(self, log_probs: torch.Tensor) -> list[Word]:
+        """Words of the best path through (frames, units)."""
+        labels = log_probs.argmax(-1).tolist()
+        return words(best_path(labels, self.units.blank_index), self.written)
+
+    def words(self, log_probs: torch.Tensor) -> list[Word]:
+        """Words of the best path, or of the beam search, aligned to the frames."""
+        if self.searcher is None or len(log_probs) == 0:
+            return self.best_words(log_probs)
+        text = self.searcher(log_probs[None], torch.ones(1))[0][0].text
+        ids = self.units.encode(text)
+        if needed_frames(ids) > len(log_probs):  # spelt otherwise than the search did
+            return [Word(word, 0, len(log_probs)) for word in text.split()]
+        return words(aligned(log_probs, ids, self.units.blank_index), self.written)
+
+
+class Transcriber:
+    """An exported recogniser for recordings of any length.
+
+    Arguments
+    ---------
+    model : Exported
+        Of the task "asr".
+    window : float
+        Seconds that are heard at once; what is no longer than this is heard as a whole.
+    overlap : float
+        Seconds that two windows share.
+    batch_seconds : float
+        Of speech in a batch.
+    beam : int, optional
+        Width of a beam search; the best path by default.
+
+    Example
+    -------
+    >>> transcriber = Transcriber(load_exported("my_model"))                # doctest: +SKIP
+    >>> [word.text for word in transcriber.stream(read_pieces("a.wav"))]    # doctest: +SKIP
+    ['HELLO', 'WORLD']
+    """
+
+    def __init__(
+        self,
+        model: Exported,
+        window: float = 40.0,
+        overlap: float = 8.0,
+        batch_seconds: float = 60.0,
+        beam: int | None = None,
+    ):
+        if model.task != "asr":
+            raise ExportError(f"{model.folder} is a model for {model.task}, not a recogniser (asr)")
+        self.model, self.decoder = model, Decoder(model.units, beam)
+        self.frame_rate = model.encoder.frame_rate
+        longest = model.encoder.maximum_samples
+        window = window if longest is None else min(window, longest / SAMPLE_RATE)
+        self.overlap = round(overlap * self.frame_rate)  # in frames
+        self.hop = int(window * self.frame_rate) - self.overlap
+        if self.overlap < 2 or self.hop < self.overlap:
+            raise ValueError(
+                f"window={window:g} and overlap={overlap:g} seconds: expected a window of at least "
+                "twice the overlap, and an overlap of some frames"
+            )
+        self.window, self.batch_seconds = window, batch_seconds
+        self._per_frame = round(SAMPLE_RATE / self.frame_rate)  # samples
+
+    def batch(self, signals: Sequence[torch.Tensor]) -> list[list[TimedWord]]:
+        """Recognise signals (samples,) that are no longer than a window, together."""
+        return [self._timed(row, 0) for row in self._log_probs(signals)]
+
+    def stream(self, pieces: Iterable[torch.Tensor]) -> Iterator[TimedWord]:
+        """Recognise one signal of any length that comes in pieces (samples,)."""
+        size = (self.hop + self.overlap) * self._per_frame
+        heard = self._heard(windows(pieces, size, self.overlap * self._per_frame))
+        held, offset = None, 0
+        for piece in joined(heard, self.hop, self.overlap, self.decoder.units.blank_index):
+            held = piece if held is None else torch.cat([held, piece])
+            done = self._complete(held)
+            yield from self._timed(held[:done], offset)
+            held, offset = held[done:], offset + done
+        yield from self._timed(held, offset)
+
+    def _heard(self, signals: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        at_once = max(1, int(self.batch_seconds // self.window))
+        for group in grouped(signals, at_once):
+            yield from self._log_probs(group)
+
+    def _log_probs(self, signals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        shortest = self.model.encoder.minimum_samples
+        signals = [torch.nn.functional.pad(s, (0, max(0, shortest - len(s)))) for s in signals]
+        lengths = torch.tensor([len(signal) for signal in signals])
+        wavs = torch.nn.utils.rnn.pad_sequence(list(signals), batch_first=True)
+        device = self.model.device
+        states, frames = self.model.states(wavs.to(device), (lengths / lengths.max()).to(device))
+        outputs = self.model.outputs(states, frames).cpu()
+        return [row[:count] for row, count in zip(outputs, frames.tolist(), strict=True)]
+
+    def _complete(self, log_probs: torch.Tensor) -> int:
+        """How many frames from the front hold whole words, which nothing that follows changes."""
+        found = self.decoder.best_words(log_probs)
+        if len(found) != 1:
+            return found[-1].start if found else len(log_probs)
+        if len(log_probs) < 2 * (self.hop + self.overlap):
+            return 0
+        # One endless word, as in scripts without spaces: where the longest silence of late is.
+        half = len(log_probs) // 2
+        silent = log_probs[half:].argmax(-1) == self.decoder.units.blank_index
+        inside = _middle_of_longest(silent.tolist())
+        return len(log_probs) if inside is None else half + inside
+
+    def _timed(self, log_probs: torch.Tensor | None, offset: int) -> list[TimedWord]:
+        if log_probs is None or len(log_probs) == 0:
+            return []
+        return [
+            TimedWord(
+                word.text,
+                round((offset + word.start) / self.frame_rate, 3),
+                round((offset + word.end) / self.frame_rate, 3),
+            )
+            for word in self.decoder.words(log_probs)
+        ]
+
+
+def joined(
+    heard: Iterable[torch.Tensor], hop: int, overlap: int, blank: int
+) -> Iterator[torch.Tensor]:
+    """Join the frames of overlapping windows to those of the whole.
+
+    Two windows are joined inside what they share, away from its ends, where each lacks context: in
+    the middle of the longest pause that both hear. So no unit is heard twice and none is lost, even
+    if the windows place it some frames apart.
+
+    Arguments
+    ---------
+    heard : Iterable[torch.Tensor]
+        Log probabilities (frames, units) of each window.
+    hop : int
+        Frames between the starts of two windows.
+    overlap : int
+        Frames that two windows share.
+    blank : int
+
+    Yields
+    ------
+    torch.Tensor
+        (frames, units), one after the other.
+    """
+    last, start = None, 0
+    for current in heard:
+        if last is not None:
+            seam = _seam(last[hop:], current[:overlap], blank)
+            yield last[start : hop + seam]
+            start = seam
+        last = current
+    if last is not None:
+        yield last[start:]
+
+
+def _seam(before: torch.Tensor, after: torch.Tensor, blank: int) -> int:
+    count = min(len(before), len(after))
+    low, high = count // 4, count - count // 4
+    silent = [(side[low:high].argmax(-1) == blank) for side in (before[:count], after[:count])]
+    inside = _middle_of_longest((silent[0] & silent[1]).tolist())
+    if inside is None:
+        inside = int((before[low:high, blank] + after[low:high, blank]).argmax())
+    return low + inside
+
+
+def _middle_of_longest(flags: Sequence[bool]) -> int | None:
+    """The middle of the longest run of True; None without any."""
+    best, run = (0, None), 0
+    for index, flag in enumerate(flags):
+        run = run + 1 if flag else 0
+        if run > best[0]:
+            best = (run, index - run // 2)
+    return best[1]
+
+
+def grouped(things: Iterable, size: int) -> Iterator[list]:
+    """Give things in lists of so many."""
+    group = []
+    for thing in things:
+        group.append(thing)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+# Results as text
+
+
+def write_text(name: str, found: Iterable[TimedWord], file: TextIO) -> None:
+    """Write all words in one line, after the name and a tab where there is a name."""
+    file.write(f"{name}\t" if name else "")
+    for number, word in enumerate(found):
+        file.write(f" {word.text}" if number else word.text)
+    file.write("\n")
+
+
+def write_jsonl(name: str, found: Iterable[TimedWord], file: TextIO) -> None:
+    """Write one line of JSON: ``file``, ``words`` with times in seconds, ``text``."""
+    with _spool() as text:
+        write_text("", _noting(found, name, file), text)
+        text.seek(0)
+        file.write('], "text": "')
+        while piece := text.read(1 << 16):
+            file.write(json.dumps(piece.rstrip("\n"), ensure_ascii=False)[1:-1])
+        file.write('"}\n')
+
+
+def _noting(found: Iterable[TimedWord], name: str, file: TextIO) -> Iterator[TimedWord]:
+    file.write(f'{{"file": {json.dumps(name, ensure_ascii=False)}, "words": [')
+    for number, word in enumerate(found):
+        entry = {"word": word.text, "start": word.start, "end": word.end}
+        file.write(", " * (number > 0) + json.dumps(entry, ensure_ascii=False))
+        yield word
+
+
+def write_srt(name: str, found: Iterable[TimedWord], file: TextIO) -> None:
+    """Write subtitles: a cue ends at a pause, or when it has become long."""
+    cue: list[TimedWord] = []
+    number = 1
+    for word in itertools.chain(found, [None]):
+        if cue and (word is None or _is_full(cue, word)):
+            times = f"{_clock(cue[0].start)} --> {_clock(cue[-1].end)}"
+            file.write(f"{number}\n{times}\n{' '.join(one.text for one in cue)}\n\n")
+            cue, number = [], number + 1
+        cue.append(word)
+
+
+def _is_full(cue: Sequence[TimedWord], word: TimedWord) -> bool:
+    letters = sum(len(one.text) + 1 for one in cue) + len(word.text)
+    paused = word.start - cue[-1].end > PAUSE
+    return paused or letters > CUE_LETTERS or word.end - cue[0].start > CUE_SECONDS
+
+
+def _clock(seconds: float) -> str:
+    whole, thousandths = divmod(round(1000 * seconds), 1000)
+    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02},{thousandths:03}"
+
+
+WRITERS = {"text": write_text, "jsonl": write_jsonl, "srt": write_srt}
+
+
+def _spool() -> TextIO:
+    """A file in memory while it is small, on disk when it grows."""
+    return tempfile.SpooledTemporaryFile(1 << 20, "w+", encoding="utf-8", newline="\n")
+
+
+class Sink:
+    """Where results go: standard output, one file, or a file for each recording in a folder.
+
+    A file appears under its name when it is whole.
+
+    Arguments
+    ---------
+    output : str, optional
+        A file, if it ends like one; a folder otherwise; standard output by default.
+    kind : str
+        "text", "jsonl" or "srt".
+    """
+
+    def __init__(self, output: str | None, kind: str):
+        self.kind, self.path = kind, Path(output) if output else None
+        self.is_folder = output is not None and (self.path.is_dir() or not self.path.suffix)
+        self.file: TextIO = sys.stdout
+        self.is_empty = True
+
+    def __enter__(self) -> "Sink":
+        self._open = contextlib.ExitStack()
+        if self.path is not None and not self.is_folder:
+            self.file = self._open.enter_context(open_atomically(self.path))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._open.__exit__(*error)
+
+    def write(self, recording: Recording, found: Iterable[TimedWord]) -> None:
+        """Write one recording's words, or nothing of it if they cannot be had."""
+        if self.kind == "srt" and not self.is_folder and not self.is_empty:
+            raise ExportError("subtitles of several recordings: give a folder as --output")
+        self.is_empty = False
+        own_text = self.is_folder and self.kind == "text"
+        with _spool() as whole:
+            WRITERS[self.kind]("" if own_text else recording.name, found, whole)
+            whole.seek(0)
+            if not self.is_folder:
+                shutil.copyfileobj(whole, self.file)
+                self.file.flush()
+                return
+            place = self.path / recording.place
+            with open_atomically(place.with_name(place.name + SUFFIXES[self.kind])) as file:
+                shutil.copyfileobj(whole, file)
+
+
+def transcribe(
+    model: Exported,
+    inputs: Sequence[str],
+    output: str | None = None,
+    kind: str = "text",
+    progress: bool = True,
+    **options,
+) -> list[Failure]:
+    """Transcribe recordings.
+
+    Arguments
+    ---------
+    model : Exported
+        Of the task "asr".
+    inputs : Sequence[str]
+        Files, folders, patterns, or ``-`` for standard input.
+    output : str, optional
+        A file or a folder; standard output by default.
+    kind : str
+        "text", "jsonl" or "srt".
+    progress : bool
+        Show a bar, on standard error if that is a terminal.
+    **options
+        For :class:`Transcriber`.
+
+    Returns
+    -------
+    list[Failure]
+        What could not be read; each has been said on standard error.
+    """
+    transcriber, failures = Transcriber(model, **options), []
+
+    def failed(failure: Failure) -> None:
+        failures.append(failure)
+        tqdm.write(f"failed: {failure}", file=sys.stderr)
+
+    with (
+        tempfile.TemporaryDirectory() as spool,
+        Sink(output, kind) as sink,
+        tqdm(unit=" s", unit_scale=True, desc="transcribing", disable=None if progress else True)
+        as bar,
+    ):  # fmt: skip
+        for group in grouped(find_recordings(inputs, Path(spool)), AT_ONCE):
+            for failure in (one for one in group if isinstance(one, Failure)):
+                failed(failure)
+            recordings = [one for one in group if isinstance(one, Recording)]
+            bar.total = (bar.total or 0) + round(sum(one.seconds for one in recordings))
+            short = [one for one in recordings if one.seconds <= transcriber.window]
+            found = _short(transcriber, short, bar)
+            for recording in recordings:
+                try:
+                    if recording in found:
+                        result = found.pop(recording)
+                        if isinstance(result, AudioError):
+                            raise result
+                    else:
+                        pieces = _counted(read_pieces(recording.path), bar)
+                        result = transcriber.stream(pieces)
+                    sink.write(recording, result)
+                except AudioError as error:
+                    reason = str(error).replace(str(recording.path), recording.name)
+                    failed(Failure(recording.name, reason))
+    return failures
+
+
+def _short(
+    transcriber: Transcriber, recordings: Sequence[Recording], bar: tqdm
+) -> dict[Recording, list[TimedWord] | AudioError]:
+    """Recognise what is heard as a whole, in batches by length."""
+    found: dict[Recording, list[TimedWord] | AudioError] = {}
+    for batch in batches_by_length(recordings, transcriber.batch_seconds):
+        signals = {}
+        for recording in batch:
+            try:
+                signals[recording] = read_audio(recording.path)
+            except AudioError as error:
+                found[recording] = error
+        if signals:
+            results = transcriber.batch(list(signals.values()))
+            found.update(zip(signals, results, strict=True))
+        bar.update(sum(recording.seconds for recording in batch))
+    return found
+
+
+def _counted(pieces: Iterable[torch.Tensor], bar: tqdm) -> Iterator[torch.Tensor]:
+    for piece in pieces:
+        yield piece
+        bar.update(len(piece) / SAMPLE_RATE)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m hff_modules.transcribe", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", help="exported model: a folder, or a name on the hub")
+    parser.add_argument("inputs", nargs="+", help="files, folders, patterns, or - for audio")
+    parser.add_argument("--format", choices=SUFFIXES, default="text")
+    parser.add_argument("--output", help="file, or folder for a file each; else standard output")
+    parser.add_argument("--beam", type=int, nargs="?", const=50, help="beam search of this width")
+    parser.add_argument("--window", type=float, default=40.0, help="seconds heard at once")
+    parser.add_argument("--overlap", type=float, default=8.0, help="seconds that windows share")
+    parser.add_argument("--batch-seconds", type=float, default=60.0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--encoder", help="another place of the base encoder")
+    parser.add_argument("--revision", help="of the model on the hub")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    options = parser.parse_args(argv)
+    model = load_exported(
+        options.model, options.device, base=options.encoder, revision=options.revision
+    )
+    failures = transcribe(
+        model,
+        options.inputs,
+        options.output,
+        options.format,
+        progress=not options.quiet,
+        window=options.window,
+        overlap=options.overlap,
+        batch_seconds=options.batch_seconds,
+        beam=options.beam,
+    )
+    if failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,267 @@
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jiwer
+import numpy
+import pytest
+import soundfile
+import torch
+
+from hff_modules.data import CharUnits
+from hff_modules.exported import ExportError, load_exported
+from hff_modules.transcribe import TimedWord, Transcriber, joined, main, transcribe, write_srt
+from tests.test_export import learned, read_tones, recognised, tones, trained  # noqa: F401
+from tests.test_recordings import broken_files
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+STRIDE = 640
+UNITS = CharUnits.from_texts(["ABCDEFGHIJ"])
+
+
+class Heard:
+    """A recogniser that hears what the samples say: each frame has one unit, as its amplitude.
+
+    As real ones do, it hears badly near the ends of what it is given, and a bit early or late
+    depending on where the window starts.
+    """
+
+    task, units, device, folder = "asr", UNITS, torch.device("cpu"), "heard"
+
+    def __init__(self, deaf=0, late=0):
+        self.deaf, self.late, self.calls = deaf, late, []
+        self.encoder = types.SimpleNamespace(
+            frame_rate=25.0, minimum_samples=STRIDE, maximum_samples=None
+        )
+
+    def states(self, wavs, wav_lens):
+        self.calls.append(tuple(wavs.shape))
+        return wavs, (wav_lens * wavs.shape[1]).round().long() // STRIDE
+
+    def outputs(self, wavs, lengths):
+        frames = wavs[:, : int(lengths.max()) * STRIDE].unflatten(1, (-1, STRIDE))
+        labels = (frames.mean(-1) * 100).round().long().clamp(0, UNITS.size - 1)
+        for row, length in zip(labels, lengths.tolist(), strict=True):
+            if len(self.calls) % 2:
+                row[:length] = row[:length].roll(self.late)
+            if length > 2 * self.deaf:
+                row[: self.deaf] = 0
+                row[length - self.deaf : length] = 0
+        return torch.nn.functional.one_hot(labels, UNITS.size).float().clamp(min=1e-4).log()
+
+
+def spoken(text, seed=0, spread=3):
+    """Samples for :class:`Heard`, and the units of the frames; a word starts behind a space."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = []
+    for word in text.split():
+        labels += [0] * int(torch.randint(1, 30, (1,), generator=generator)) + [1]
+        for unit in UNITS.encode(word):
+            blanks = int(torch.randint(1, spread + 1, (1,), generator=generator))
+            labels += [0] * blanks + [unit]
+    frames = torch.tensor(labels + [0] * 9).float() / 100
+    return frames.repeat_interleave(STRIDE), labels
+
+
+def sentence(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    letters = torch.randint(0, 10, (count, 4), generator=generator).tolist()
+    return " ".join("".join("ABCDEFGHIJ"[i] for i in word) for word in letters)
+
+
+@pytest.mark.parametrize(("deaf", "late"), [(0, 0), (25, 0), (25, 2), (40, -3)])
+@pytest.mark.parametrize("batch_seconds", [40, 130])
+def test_long_recordings_are_heard_once_and_whole_across_windows(deaf, late, batch_seconds):
+    text = sentence(400)
+    signal, labels = spoken(text)
+    assert len(signal) > 6 * 40 * 16000
+    padding = torch.zeros(deaf * STRIDE)  # the ends of the recording itself are heard badly, too
+    signal = torch.cat([padding, signal, padding])
+    model = Heard(deaf, late)
+    transcriber = Transcriber(model, batch_seconds=batch_seconds)
+    found = list(transcriber.stream(signal.split(9999)))
+    assert " ".join(word.text for word in found) == text
+    assert max(samples for _, samples in model.calls) == 40 * 16000
+    assert len(model.calls) > 3
+    starts = [index for index, label in enumerate(labels) if label == 1]
+    for word, start in zip(found, starts, strict=True):
+        assert 1 - abs(late) <= round(word.start * 25) - deaf - start <= 4 + abs(late)
+        assert word.start < word.end
+
+
+def test_a_recording_that_fits_a_window_is_heard_as_a_whole():
+    signal, _ = spoken(sentence(20))
+    model = Heard()
+    at_once = Transcriber(model, window=len(signal) / 16000).stream([signal])
+    assert [word.text for word in at_once] == sentence(20).split() and len(model.calls) == 1
+
+
+def test_words_without_spaces_between_them_do_not_pile_up():
+    text = sentence(300)
+    signal, _ = spoken(text)
+    frames = signal.view(-1, STRIDE)
+    frames[(frames[:, 0] * 100).round() == 1] = 0  # no spaces
+    transcriber = Transcriber(Heard())
+    held = []
+    complete = transcriber._complete
+    transcriber._complete = lambda frames: held.append(len(frames)) or complete(frames)
+    found = list(transcriber.stream([signal]))
+    assert "".join(word.text for word in found) == text.replace(" ", "")
+    assert max(held) <= 3 * 40 * 25
+
+
+def test_a_beam_gives_words_with_times_too():
+    signal, _ = spoken(sentence(150))
+    greedy = list(Transcriber(Heard()).stream([signal]))
+    beam = list(Transcriber(Heard(), beam=4).stream([signal]))
+    assert beam == greedy
+
+
+def test_windows_are_joined_where_both_are_silent():
+    blank, a, b = torch.eye(3).clamp(min=1e-3).log()
+    before = torch.stack([b, b, b, b, blank, blank, a, blank, blank, blank, b, b])
+    after = torch.stack([b, b, a, blank, blank, blank, blank, b, a, a, a, a])
+    (first, second) = joined([before, after], hop=4, overlap=8, blank=0)
+    # What both have of the overlap, without its outer quarters: a - _ _ | and  a _ _ _.
+    assert len(first) == 4 + 4 and len(second) == 12 - 4
+    assert torch.equal(torch.cat([first, second])[:8], before[:8])
+
+
+def test_the_window_is_no_longer_than_the_encoder_takes_at_once():
+    model = Heard()
+    model.encoder.maximum_samples = 30 * 16000
+    signal, _ = spoken(sentence(100))
+    assert [w.text for w in Transcriber(model).stream([signal])] == sentence(100).split()
+    assert max(samples for _, samples in model.calls) <= 30 * 16000
+    with pytest.raises(ValueError, match="at least twice the overlap"):
+        Transcriber(model, overlap=20)
+
+
+def test_the_command_gives_the_score_of_the_run(learned, tones, tmp_path):  # noqa: F811
+    folder, _, target = learned
+    command = [sys.executable, "-m", "hff_modules.transcribe", str(target), str(tones), "gone.wav"]
+    done = subprocess.run(
+        [*command, "--format", "jsonl"],
+        cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "failed: gone.wav: no such audio file"
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    texts = {Path(line["file"]).stem: line["text"] for line in lines}
+    assert texts == recognised(folder)
+    references = (folder / "test-tones.txt").read_text().splitlines()[1::3]
+    expected = json.loads((folder / "results.json").read_text())["test"]["tones"]
+    hypotheses = [texts[name] for name in recognised(folder)]
+    assert 100 * jiwer.wer([line[6:] for line in references], hypotheses) == expected["wer"]
+    for line in lines:
+        assert " ".join(word["word"] for word in line["words"]) == line["text"]
+
+
+def test_any_rate_and_channels_are_recognised_alike(learned, tones, tmp_path):  # noqa: F811
+    _, _, target = learned
+    signal = read_tones(tones)["u3"].numpy()
+    both = numpy.stack([0.5 * signal, 1.5 * signal], axis=1)
+    soundfile.write(tmp_path / "stereo.flac", both, 16000, subtype="PCM_24")
+    soundfile.write(tmp_path / "mono.flac", signal, 16000, subtype="PCM_24")
+    found = {}
+    for name in ("stereo", "mono"):
+        output = tmp_path / f"{name}.jsonl"
+        transcribe(load_exported(target), [str(tmp_path / f"{name}.flac")], str(output), "jsonl")
+        found[name] = json.loads(output.read_text())["words"]
+    assert found["stereo"] == found["mono"] != []
+
+
+def test_failures_are_said_one_by_one_and_the_others_are_done(
+    learned,  # noqa: F811
+    tones,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    expected = broken_files(tmp_path)
+    (tmp_path / "nothing").mkdir()
+    inputs = [str(tmp_path / name) for name in expected]
+    good = [str(tones / "u0.wav"), str(tones / "u1.wav")]
+    output = tmp_path / "out" / "all.txt"
+    with pytest.raises(SystemExit) as stopped:
+        main([str(learned[2]), good[0], *inputs, good[1], "--output", str(output)])
+    assert stopped.value.code == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert len(said) == len(expected)
+    for name, reason in expected.items():
+        assert any(name in line and reason in line for line in said)
+    lines = dict(line.split("\t") for line in output.read_text().splitlines())
+    assert list(lines) == good
+    assert lines[good[0]] == recognised(learned[0])["u0"]
+    assert [path.name for path in output.parent.iterdir()] == ["all.txt"]
+
+
+def test_results_may_go_to_a_file_for_each_recording(learned, tones, tmp_path, capsys):  # noqa: F811
+    for kind, suffix in (("text", "txt"), ("srt", "srt"), ("jsonl", "jsonl")):
+        main([str(learned[2]), str(tones), "--output", str(tmp_path / kind), "--format", kind])
+        names = sorted(path.name for path in (tmp_path / kind).iterdir())
+        assert names == sorted(f"u{n}.{suffix}" for n in range(12))
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "text" / "u5.txt").read_text() == recognised(learned[0])["u5"] + "\n"
+    with pytest.raises(ExportError, match="give a folder"):
+        main([str(learned[2]), str(tones), "--format", "srt"])
+
+
+def test_a_recording_that_breaks_off_leaves_nothing_of_its_own(
+    learned,  # noqa: F811
+    tones,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    soundfile.write(tmp_path / "long.wav", numpy.zeros(60 * 16000), 16000)
+    with open(tmp_path / "long.wav", "r+b") as file:
+        file.truncate(50 * 16000 * 2)
+    files = [str(tmp_path / "long.wav"), str(tones / "u0.wav")]
+    failures = transcribe(load_exported(learned[2]), files, str(tmp_path / "all.jsonl"), "jsonl")
+    lines = (tmp_path / "all.jsonl").read_text().splitlines()
+    if failures:  # libsndfile may also take what is there for all there is
+        assert "samples can be decoded" in str(failures[0])
+    assert len(lines) == 2 - len(failures)
+    assert json.loads(lines[-1])["file"] == files[1]
+
+
+def test_subtitles_break_at_pauses_and_before_they_are_long(tmp_path):
+    words = [TimedWord("HELLO", 0.5, 0.9), TimedWord("WORLD", 1.0, 1.4)]
+    words += [TimedWord("LATER", 3661.5, 3662.0)]
+    words += [TimedWord("A" * 40, 3662 + n, 3662.5 + n) for n in range(3)]
+    with open(tmp_path / "a.srt", "w") as file:
+        write_srt("a", iter(words), file)
+    cues = (tmp_path / "a.srt").read_text().split("\n\n")
+    assert cues[0] == "1\n00:00:00,500 --> 00:00:01,400\nHELLO WORLD"
+    assert cues[1].startswith("2\n01:01:01,500 --> 01:01:02,500\nLATER AAA")
+    assert len(cues) == 4 and cues[-1] == ""
+
+
+MEMORY = """
+import resource, sys
+from hff_modules.exported import load_exported
+from hff_modules.transcribe import transcribe
+model = load_exported(sys.argv[1])
+assert not transcribe(model, [sys.argv[2]], sys.argv[2] + ".jsonl", "jsonl", window=4, overlap=1,
+                      batch_seconds=4)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_length_of_a_recording(learned, tones, tmp_path):  # noqa: F811
+    speech = torch.cat(list(read_tones(tones).values())).repeat(3)[: 5 * 16000]
+    peaks = {}
+    for name, times in (("short", 2), ("long", 60)):
+        path = tmp_path / f"{name}.wav"
+        soundfile.write(path, speech.repeat(times).numpy(), 16000)
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(learned[2]), str(path)],
+            capture_output=True, text=True, env=ENVIRONMENT,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        peaks[name] = float(done.stdout)
+        assert len(json.loads(Path(f"{path}.jsonl").read_text())["words"]) > times
+    # The long one's samples alone would be 19 MB, its states as much again.
+    assert peaks["long"] - peaks["short"] < 10, peaks
