@@ -7,6 +7,8 @@ entry cannot be read. Entries appear whole or not at all, so two runs may fill o
 that is killed leaves it valid.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -157,6 +159,21 @@ class StateCache:
         CacheError
             The disk or ``max_gigabytes`` is too small; said before anything is computed.
         """
+        if self.missing(wavs) and not self._use_superset(wavs):
+            with self._alone():  # two runs that start together do not compute the same twice
+                return self._fill(wavs, seconds, batch_seconds, progress)
+        self.digests.save()
+        return {"utterances": 0, "seconds": 0.0, "gigabytes": 0.0}
+
+    @contextlib.contextmanager
+    def _alone(self):
+        """Wait until no other process fills states of the same encoder."""
+        name = f"{self.encoder.fingerprint_up_to(0)}.lock"
+        with open(self.folder.parent / name, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # falls with the process, however it ends
+            yield
+
+    def _fill(self, wavs, seconds, batch_seconds, progress) -> dict[str, float]:
         absent = set(self.missing(wavs))
         todo = {str(w): s for w, s in zip(wavs, seconds, strict=True) if str(w) in absent}
         self.digests.save()

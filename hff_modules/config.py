@@ -37,6 +37,8 @@ def load_config(argv: list[str], base: str | Path) -> tuple[dict[str, Any], Any]
     -------
     hparams : dict[str, Any]
         What :func:`hyperpyyaml.load_hyperpyyaml` builds; ``hparams["config"]`` is the merged text.
+        With ``layers: auto`` the encoder has all layers and ``hparams["auto_layers"]`` says what
+        was asked for, see :mod:`hff_modules.auto_layers`.
     run_opts : speechbrain.utils.run_opts.RunOptions
 
     Raises
@@ -54,10 +56,40 @@ def load_config(argv: list[str], base: str | Path) -> tuple[dict[str, Any], Any]
     merged = merge_files(Path(base))
     merged.update(merge_files(find_method(method, beside=Path(base).resolve().parent)))
     _override(merged, overrides)
+    asked = merged.get("layers")
+    if not is_auto(asked):
+        return _build(merged), run_opts
+    merged["layers"] = "all"
+    return {**_build(merged), "auto_layers": str(asked)}, run_opts
+
+
+def is_auto(layers: Any) -> bool:
+    """Whether layers are to be chosen by :mod:`hff_modules.auto_layers`."""
+    return isinstance(layers, str) and (layers == "auto" or layers.startswith("auto:"))
+
+
+def rebuilt(hparams: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Build everything anew with other values of some keys.
+
+    Arguments
+    ---------
+    hparams : dict[str, Any]
+        From :func:`load_config`.
+    **changes
+        Values of top-level keys.
+
+    Returns
+    -------
+    dict[str, Any]
+    """
+    merged = ruamel.yaml.YAML().load(hparams["config"])
+    merged.update(changes)
+    return _build(merged)
+
+
+def _build(merged: ruamel.yaml.CommentedMap) -> dict[str, Any]:
     text = _dump(merged)
-    hparams = load_hyperpyyaml(text)
-    hparams["config"] = text
-    return hparams, run_opts
+    return {**load_hyperpyyaml(text), "config": text}
 
 
 def merge_files(path: Path, seen: tuple[Path, ...] = ()) -> ruamel.yaml.CommentedMap:

@@ -1,9 +1,11 @@
 """Pictures that can be read in black and white; needs matplotlib, an optional extra."""
 
 import importlib.util
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MISSING = "no pictures: matplotlib is not installed; pip install 'hff-modules[plots]'"
 
@@ -114,14 +116,12 @@ def _scale(axes, values: Sequence[float]) -> None:
         return
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
+    lowest, ticks = 10.0 ** math.floor(math.log10(min(positive))), []
     if len(positive) < len(values):
-        lowest = 10.0 ** (len(str(int(min(positive)))) - 1)
         axes.set_xscale("symlog", linthresh=lowest, linscale=0.4)
         ticks = [0.0]
     else:
-        lowest = 10.0 ** (len(str(int(min(positive)))) - 1)
         axes.set_xscale("log")
-        ticks = []
     while lowest <= 1.5 * max(positive):
         ticks.append(lowest)
         lowest *= 10
@@ -143,7 +143,6 @@ def _label(figure, axes, points: Sequence[Point]) -> None:
     figure.canvas.draw()  # now the places of everything are known
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
-    pixel = figure.dpi / 72
     spots = {point: axes.transData.transform((point.x, point.y)) for point in points}
     taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in spots.values()]
     for point in points:
@@ -156,38 +155,100 @@ def _label(figure, axes, points: Sequence[Point]) -> None:
     directions += [(0.5, 1), (-0.5, 1), (0.5, -1), (-0.5, -1)]
     places = [(r * x, r * y) for r in (8, 16, 26, 38, 52, 68, 86, 106) for x, y in directions]
     for point in sorted(points, key=lambda p: spots[p][1]):
-        best, least = None, None
-        for x, y in places:
-            text = axes.annotate(
-                point.label,
-                (point.x, point.y),
-                **{"xytext": (x, y), "textcoords": "offset points", "fontsize": 8.5},
-                ha="center" if abs(x) < 0.9 * abs(y) else "left" if x > 0 else "right",
-                va="center" if abs(y) < 0.4 * abs(x) else "bottom" if y > 0 else "top",
-            )
+        tried = []
+        for place in places:
+            text = _write(axes, point, place)
             box = text.get_window_extent(renderer)
             text.remove()
-            outside = not (
-                frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
-            )
-            overlap = sum(
-                max(0, min(box.x1, b.x1) - max(box.x0, b.x0))
-                * max(0, min(box.y1, b.y1) - max(box.y0, b.y0))
-                for b in taken
-            )
-            cost = overlap + 1e6 * outside
-            if least is None or cost < least:
-                best, least = (x, y, box), cost
-            if cost == 0:
+            inside = frame.x0 < box.x0 and box.x1 < frame.x1
+            inside = inside and frame.y0 < box.y0 and box.y1 < frame.y1
+            tried.append((sum(_overlap(box, b) for b in taken) + 1e6 * (not inside), place, box))
+            if tried[-1][0] == 0:
                 break
-        x, y, box = best
+        _, place, box = min(tried, key=lambda candidate: candidate[0])
         line = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
-        axes.annotate(
-            point.label,
-            (point.x, point.y),
-            **{"xytext": (x, y), "textcoords": "offset points", "fontsize": 8.5, "zorder": 4},
-            ha="center" if abs(x) < 0.9 * abs(y) else "left" if x > 0 else "right",
-            va="center" if abs(y) < 0.4 * abs(x) else "bottom" if y > 0 else "top",
-            arrowprops=line if max(abs(x), abs(y)) > 10 * pixel else None,
-        )
+        _write(axes, point, place, arrowprops=line if max(map(abs, place)) > 10 else None)
         taken.append(box)
+
+
+def _write(axes, point: Point, place: tuple[float, float], **more):
+    x, y = place
+    return axes.annotate(
+        point.label,
+        (point.x, point.y),
+        **{"xytext": place, "textcoords": "offset points", "fontsize": 8.5, "zorder": 4},
+        **{"bbox": {"boxstyle": "square,pad=0.05", "color": "white", "alpha": 0.8}},
+        ha="center" if abs(x) < 0.9 * abs(y) else "left" if x > 0 else "right",
+        va="center" if abs(y) < 0.4 * abs(x) else "bottom" if y > 0 else "top",
+        **more,
+    )
+
+
+def _overlap(one, other) -> float:
+    """Area that two boxes share."""
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return max(0, width) * max(0, height)
+
+
+def layers(report: Mapping[str, Any], path: Path) -> None:
+    """Draw an analysis of layers: scores, learned weights and similarities, side by side.
+
+    Arguments
+    ---------
+    report : Mapping[str, Any]
+        From :meth:`hff_modules.auto_layers.Analysis.report`.
+    path : pathlib.Path
+        PNG file.
+    """
+    figure, (scores, weights, similar) = new_figure(15, 5, columns=3)
+    numbers, sum_of_all = report["layers"], report["weighted_sum"]
+    score = next(key for key in report["probes"][0] if key not in ("layer", "loss"))
+    values = [probe[score] for probe in report["probes"]]
+    chosen = report.get("auto", {}).get("chosen", [])
+    scores.plot(numbers, values, "-o", color="black", mfc="white", label="one layer")
+    scores.plot(
+        *(chosen, [values[numbers.index(n)] for n in chosen]),
+        **{"linestyle": "none", "marker": "o", "color": "black"},
+        label="chosen: auto",
+    )
+    scores.axhline(sum_of_all[score], color="0.4", linestyle="--", label="weighted sum of all")
+    for compared in report.get("auto", {}).get("compared", [])[:1]:
+        scores.axhline(compared[score], color="black", linestyle=":", label="chosen ones together")
+    higher = "higher" if score == "accuracy" else "lower"
+    scores.set_ylabel(f"{score.upper()} of a linear probe on dev (%), {higher} is better")
+    handles, names = scores.get_legend_handles_labels()
+    shown = [n for n, name in enumerate(names) if chosen or "chosen" not in name]
+    scores.legend([handles[n] for n in shown], [names[n] for n in shown], fontsize=8)
+    bars = weights.bar(numbers, sum_of_all["weights"], color="0.75", edgecolor="black")
+    for number, bar in zip(numbers, bars, strict=True):
+        if number in chosen:
+            bar.set_hatch("///")
+    weights.axhline(1 / len(numbers), color="0.4", linestyle="--", label="all alike")
+    weights.set_ylabel("weight in a learned sum of all layers (they add up to 1)")
+    weights.legend(fontsize=8)
+    for axes in (scores, weights):
+        axes.set_xlabel("layer (0: what enters layer 1)")
+        axes.set_xticks(numbers[:: max(1, len(numbers) // 13)])
+        axes.grid(True, axis="y", color="0.9", zorder=0)
+        axes.set_axisbelow(True)
+    count = len(numbers)
+    edges = (numbers[0] - 0.5, numbers[-1] + 0.5)
+    image = similar.imshow(
+        *(report["cka"],),
+        **{"cmap": "gray_r", "vmin": 0, "vmax": 1, "origin": "lower", "extent": edges * 2},
+    )
+    if count <= 14:
+        for i, row in enumerate(report["cka"]):
+            for j, value in enumerate(row):
+                ink = "white" if value > 0.5 else "black"
+                place = (numbers[j], numbers[i])
+                text = f"{value:.2f}".removeprefix("0") if value < 0.995 else "1"
+                similar.text(*place, text, ha="center", va="center", fontsize=6.5, color=ink)
+    similar.set_xlabel("layer")
+    similar.set_ylabel("layer")
+    for set_ticks in (similar.set_xticks, similar.set_yticks):
+        set_ticks(numbers[:: max(1, len(numbers) // 13)])
+    figure.colorbar(image, ax=similar, label="linear CKA (1: the same up to rotation)", shrink=0.8)
+    figure.suptitle(f"{Path(report['encoder']).name}, {report['task']}", fontsize=11)
+    figure.savefig(path)

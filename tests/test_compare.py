@@ -267,7 +267,7 @@ def test_after_a_kill_the_same_command_goes_on_and_meanwhile_nobody_else_may(rec
     rows = ["a", {"method": "b", "options": {"wait": 30}}]
     command = [sys.executable, "-m", "hff_modules.compare", write_plan(recipe, methods=rows)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(calls(recipe)) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     seen = []

@@ -15,6 +15,7 @@ import torch
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.metric_stats import ClassificationStats
 
+from hff_modules.auto_layers import choose_layers
 from hff_modules.brains.base import SSLBrain
 from hff_modules.brains.job import build_modules, keep, train_and_test
 from hff_modules.data.loading import (
@@ -25,6 +26,7 @@ from hff_modules.data.loading import (
     read_speech,
 )
 from hff_modules.files import write_atomically
+from hff_modules.probes import LabelTask
 
 
 class ClassificationBrain(SSLBrain):
@@ -156,6 +158,8 @@ def train_classification(
     for name, dataset in datasets.items():
         check_labels(dataset, labels, sources[name])
 
+    task = LabelTask(labels)
+    hparams = choose_layers(hparams, run_opts, task, datasets["train"], datasets["dev"])
     modules = build_modules(hparams, slots={slot: len(names) for slot, names in labels.items()})
     brain = ClassificationBrain(
         labels,

@@ -15,6 +15,7 @@ from speechbrain.decoders import ctc_greedy_decode
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
+from hff_modules.auto_layers import choose_layers
 from hff_modules.brains.base import SSLBrain
 from hff_modules.brains.job import build_modules, keep, train_and_test
 from hff_modules.data.loading import (
@@ -26,6 +27,7 @@ from hff_modules.data.loading import (
 )
 from hff_modules.data.text import Units, build_units
 from hff_modules.files import write_atomically
+from hff_modules.probes import CTCTask
 
 logger = get_logger(__name__)
 
@@ -153,6 +155,7 @@ def train_ctc(
         if unknown:
             logger.warning(f"{name}: {unknown}; each counts as an error")
 
+    hparams = choose_layers(hparams, run_opts, CTCTask(units), train_set, dev_set)
     modules = build_modules(hparams, num_units=units.size)
     encoder = modules["encoder"]
     brain = CTCBrain(

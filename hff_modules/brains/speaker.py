@@ -22,11 +22,13 @@ from speechbrain.utils.metric_stats import EER, minDCF
 from torch import nn
 from torch.utils.data import DataLoader
 
+from hff_modules.auto_layers import choose_layers
 from hff_modules.brains.base import SSLBrain
 from hff_modules.brains.job import build_modules, evaluation_loader, keep, train_and_test
 from hff_modules.data.loading import add_label_items, add_signal, filled_cache, read_speech
 from hff_modules.data.trials import Trial, read_trials
 from hff_modules.files import write_atomically
+from hff_modules.probes import LabelTask
 
 logger = get_logger(__name__)
 
@@ -173,7 +175,7 @@ def s_norm(
     normed = torch.zeros_like(scores)
     for side in (first, second):
         top = side.topk(min(nearest, side.shape[1]), dim=1).values
-        normed += 0.5 * (scores - top.mean(1)) / top.std(1).clamp(min=1e-6)
+        normed += 0.5 * (scores - top.mean(1)) / top.std(1, correction=0).clamp(min=1e-6)
     return normed
 
 
@@ -233,6 +235,8 @@ def train_speaker(
     speakers = sorted(set(of_train.values()))
     loss = hparams["loss"]
     speaker_loss(loss, hparams["margin"], hparams["scale"])  # refuses an unknown one
+    # Those of dev are other speakers; a layer is probed by how well it tells the known ones apart.
+    hparams = choose_layers(hparams, run_opts, LabelTask({"spk_id": speakers}), train_set)
     modules = build_modules(hparams)
     classifier = speaker_classifier(loss, modules["head"].embedding_size, len(speakers))
     brain = SpeakerBrain(
