@@ -18,8 +18,8 @@ from pathlib import Path
 
 from hff_modules.files import write_atomically
 
-SCORES = ("cer", "wer", "eer", "accuracy")  # in percent
-LARGER_IS_BETTER = ("accuracy",)
+SCORES = ("cer", "wer", "eer", "eer_s_norm", "accuracy", "unweighted_accuracy")  # in percent
+LARGER_IS_BETTER = ("accuracy", "unweighted_accuracy")
 
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -48,7 +48,7 @@ def collect(folder: str | Path, target: str | Path) -> list[dict]:
 
 
 def summaries(runs: Sequence[dict]) -> list[dict]:
-    """Sum up all runs that differ in their seed only, or that bear the same label, the best first.
+    """Sum up runs that differ in seed or fold only, or that bear the same label, the best first.
 
     Arguments
     ---------
@@ -106,7 +106,8 @@ def _summary(group: Sequence[dict], names: Sequence[str]) -> dict:
     done = [run for run in group if "failed" not in run]
     first = done[0] if done else group[0]
     row = {"method": first.get("label") or first["method"], "scores": {}, "file": first["method"]}
-    row["seeds"] = [run["seed"] for run in done]
+    row["seeds"] = list(dict.fromkeys(run["seed"] for run in done))
+    row["folds"] = sorted({run["fold"] for run in done if "fold" in run})
     row["failed"] = [f"seed {run['seed']}: {run['failed']}" for run in group if "failed" in run]
     if not done:
         return row
@@ -155,8 +156,10 @@ def cells(runs: Sequence[dict]) -> list[list[str]]:
         columns.append((f"dev {known[0]['score'].upper()} %", lambda row: _rounded(row["dev"])))
     for name in names:
         dataset, _, score = name.rpartition(" ")
-        head = f"{dataset} {score.upper()} %"
+        head = f"{dataset} {score.upper().replace('_', ' ')} %"
         columns.append((head, lambda row, name=name: _rounded(row["scores"].get(name))))
+    if any("fold" in run for run in known):
+        columns.append(("folds", lambda row: ", ".join(map(str, row["folds"]))))
     columns += [
         ("seeds", lambda row: ", ".join(map(str, row["seeds"]))),
         ("training s", lambda row: f"{row['train_seconds']:.0f}"),

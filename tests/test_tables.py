@@ -62,3 +62,16 @@ def test_a_folder_without_results_is_named(tmp_path):
 def test_no_table_in_the_project_disagrees_with_its_results(path):
     text = path.read_text(encoding="utf-8")
     assert filled(text, path.parent) == text
+
+
+def test_folds_of_one_seed_make_one_row_that_names_them():
+    def fold(number, accuracy):
+        scores = {"accuracy": accuracy, "unweighted_accuracy": accuracy - 10, "loss": 1.0}
+        return {**run(), "fold": number, "test": {"test": scores}}
+
+    table = markdown([fold(2, 60.0), fold(1, 80.0)])
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
+    row = dict(zip(lines[0], lines[-1], strict=True))
+    assert len(lines) == 3 and row["folds"] == "1, 2" and row["seeds"] == "1"
+    assert row["test ACCURACY %"] == "70.0 ± 14.1"
+    assert row["test UNWEIGHTED ACCURACY %"] == "60.0 ± 14.1"

@@ -1,0 +1,110 @@
+"""Cross-validation: a job once for each fold by ``--fold all``, and what the folds say together.
+
+Every fold has a folder and a ``results.json`` of its own; ``folds.json`` beside them has the mean
+and the spread (standard deviation) of all scores.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from speechbrain.utils.distributed import if_main_process
+
+from hff_modules.files import write_atomically
+
+Job = Callable[[list[str]], tuple[Path, dict[str, Any]]]
+
+
+def with_folds(job: Job, folds: Sequence[int]) -> Callable[[list[str]], dict[str, Any]]:
+    """Let a job understand ``--fold all``; with any other fold it runs once, as it is.
+
+    Arguments
+    ---------
+    job : Callable
+        Takes a command line with ``--fold``; gives its output folder and its results.
+    folds : Sequence[int]
+        All of them.
+
+    Returns
+    -------
+    Callable
+        Takes a command line; gives the results, or what ``folds.json`` holds.
+    """
+
+    def main(argv: list[str]) -> dict[str, Any]:
+        fold = _value(argv, "--fold")
+        if fold is None:
+            return job(argv)[1]
+        if fold != "all":
+            if fold not in map(str, folds):
+                known = ", ".join(map(str, folds))
+                raise ValueError(f"--fold {fold}: expected one of {known}, or all")
+            return job(argv)[1]
+        outcomes = [job(_of_fold(argv, number)) for number in folds]
+        together = gather(folds, [results for _, results in outcomes])
+        path = outcomes[0][0].parent / "folds.json"
+        if if_main_process():
+            write_atomically(path, json.dumps(together, indent=2, ensure_ascii=False) + "\n")
+            for name, scores in together["test"].items():
+                said = [f"{key} {s['mean']:.2f} ± {s['spread']:.2f}" for key, s in scores.items()]
+                print(f"\n  {len(folds)} folds, {name}: {', '.join(said)}\n  in {path}\n")
+        return together
+
+    return main
+
+
+def gather(folds: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and spread of the scores of all folds.
+
+    Arguments
+    ---------
+    folds : Sequence[int]
+    results : Sequence[dict]
+        As ``results.json`` has them, one per fold.
+
+    Returns
+    -------
+    dict[str, Any]
+        ``test`` {set: {score: {"mean", "spread", "folds": [of each]}}} and what all have in common.
+    """
+    same = ("task", "dataset", "method", "encoder", "layers", "horizon", "seed")
+    test: dict[str, dict[str, Any]] = {}
+    for name, scores in results[0]["test"].items():
+        test[name] = {}
+        for score in scores:
+            values = [fold["test"][name][score] for fold in results]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            mean = statistics.mean(values)
+            test[name][score] = {"mean": mean, "spread": spread, "folds": values}
+    return {**{key: results[0][key] for key in same}, "folds": list(folds), "test": test}
+
+
+def _value(argv: Sequence[str], key: str) -> str | None:
+    for position, word in enumerate(argv):
+        if word.startswith(f"{key}="):
+            return word.partition("=")[2]
+        if word == key and position + 1 < len(argv):
+            return argv[position + 1]
+    return None
+
+
+def _of_fold(argv: Sequence[str], fold: int) -> list[str]:
+    """The same command for one fold; a folder that is named gets one for each fold."""
+    changed, changes = [], {"--fold": str(fold)}
+    folder = _value(argv, "--output_folder")
+    if folder is not None:
+        changes["--output_folder"] = str(Path(folder) / f"fold-{fold}")
+    skip = False
+    for word in argv:
+        if skip:
+            skip = False
+            continue
+        key = word.partition("=")[0]
+        if key in changes:
+            changed += [key, changes[key]]
+            skip = "=" not in word
+        else:
+            changed.append(word)
+    return changed
