@@ -35,7 +35,7 @@ class MultiTask:
     ---------
     encoder : SSLEncoder, optional
         What the models were made on; it selects at least their layers. None: it is loaded from
-        where the models say that it is.
+        where the models say that it is. Their adapters are attached to it, switched off.
     tasks : Mapping[str, str | Path]
         Folder, or name on the Hugging Face hub, of each exported model.
     device : str
@@ -75,9 +75,8 @@ class MultiTask:
             if not given:
                 _check_base(encoder, task, folders, manifests)
             model = load_exported(folder, device, self.encoder, name=task)
-            for name in model.adapters:
-                if not self.encoder.adapters[name].switched_by_row:
-                    adapters.disable(self.encoder, name)  # it changes weights that all others use
+            for name in model.adapters:  # on only while its task is at work
+                adapters.disable(self.encoder, name)
             self.tasks[task] = model
 
     @torch.no_grad()

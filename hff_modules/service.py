@@ -61,7 +61,7 @@ class Limits:
     waiting: int = 64  # requests between their last byte and their answer
     request_seconds: float = 60.0  # from the last byte to the answer
     batch_size: int = 16
-    batch_seconds: float = 120.0
+    batch_seconds: float = 60.0
     batch_wait: float = 0.01  # seconds that the first of a batch waits for others
 
 
@@ -153,6 +153,7 @@ class Service:
         self.waiting = 0  # requests between their last byte and their answer
         self.answered = 0
         self.batcher: Batcher | None = None
+        self.loop: asyncio.Task | None = None  # the batcher's
         self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
 
     @contextlib.asynccontextmanager
@@ -162,13 +163,13 @@ class Service:
         self.batcher = Batcher(
             self.model, limits.batch_size, limits.batch_seconds, limits.batch_wait, SAMPLE_RATE
         )
-        loop = asyncio.create_task(self.batcher.run())
+        self.loop = asyncio.create_task(self.batcher.run())
         try:
             yield
         finally:
-            loop.cancel()
+            self.loop.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await loop
+                await self.loop
             self._decoders.shutdown()
 
     async def answer(self, request, names: str | None) -> dict[str, Any]:
@@ -313,6 +314,8 @@ def create_app(service: Service):
 
     @app.get("/health", summary="Whether the service is up, and how busy")
     async def health():
+        if service.loop.done():
+            raise Refused(503, "the model has stopped working")
         return {"status": "ok", "waiting": service.waiting, "answered": service.answered}
 
     @app.get("/tasks", summary="Tasks that are served, and limits")

@@ -20,7 +20,7 @@ import soundfile
 import torch
 
 from hff_modules.batching import Batcher, Waiting
-from hff_modules.service import PAGE, Refused, decode, main, parse_models
+from hff_modules.service import PAGE, Limits, Refused, Service, decode, main, parse_models
 from tests.test_encoder import speech
 from tests.test_multitask import same, write_model
 
@@ -136,6 +136,66 @@ def test_requests_are_answered_together_and_one_that_fails_alone():
             await running
 
     asyncio.run(run())
+
+
+# Limits
+
+
+class Request:
+    """Stands for a request whose body comes in pieces."""
+
+    def __init__(self, *pieces):
+        self.pieces, self.headers = pieces, {}
+
+    async def stream(self):
+        for piece in self.pieces:
+            yield piece
+
+    async def is_disconnected(self):
+        return False
+
+
+def ask(model, *requests, **limits):
+    """Answers of a service, or why they were refused, for requests that come at once."""
+    model.tasks = {"sum": None}
+
+    async def run():
+        service = Service(model, Limits(**limits))
+        async with service.running():
+            asked = [service.answer(request, "sum") for request in requests]
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            assert service.held == service.waiting == 0
+            assert not service.loop.done()
+        return found
+
+    return asyncio.run(run())
+
+
+def test_uploads_that_are_too_much_together_are_told_to_come_back():
+    file = audio(np.ones(8000), subtype="FLOAT")  # 32 kB
+    found = ask(sums, *[Request(file) for _ in range(3)], held_megabytes=0.07)
+    served = [one for one in found if not isinstance(one, Refused)]
+    refused = [one for one in found if isinstance(one, Refused)]
+    assert [one["results"]["sum"] for one in served] == [pytest.approx(8000)] * 2
+    assert [one.status for one in refused] == [503] and "too many uploads" in str(refused[0])
+
+
+def test_a_model_that_takes_too_long_or_fails_is_no_end_for_the_service():
+    def model(wavs, wav_lens, tasks):
+        if wavs.shape[1] == 8000:
+            time.sleep(0.5)
+        if wavs.shape[1] == 4000:
+            raise ValueError("/home/secret is no number")
+        return sums(wavs, wav_lens, tasks)
+
+    requests = [Request(audio(np.ones(n), subtype="FLOAT")) for n in (8000, 4000, 2000)]
+    slow, wrong, fine = ask(model, *requests, request_seconds=0.4, batch_size=1)
+    assert slow.status == 503 and "no answer within 0.4 s" in slow.reason
+    assert wrong.status in (422, 503) and "secret" not in wrong.reason
+    slow, wrong, fine = ask(model, *requests, batch_size=1)
+    assert slow["results"]["sum"] == pytest.approx(8000)
+    assert wrong.status == 422 and "secret" not in wrong.reason
+    assert fine["results"]["sum"] == pytest.approx(2000)
 
 
 # The service as a process
