@@ -32,7 +32,16 @@ from hff_modules import plots, tables
 from hff_modules.cli import run as run_main
 from hff_modules.files import write_atomically
 from hff_modules.page import page
-from hff_modules.plan import Plan, PlanError, Row, as_argument, as_text, make_plan, read_plan
+from hff_modules.plan import (
+    Plan,
+    PlanError,
+    Row,
+    as_argument,
+    as_folder,
+    as_text,
+    make_plan,
+    read_plan,
+)
 
 RECORD = "compare.json"  # in a run's folder: what it was started with
 LOG = "output.txt"  # in a run's folder: what it printed
@@ -80,7 +89,7 @@ def runs_of(plan: Plan, row: Row, settings: Mapping[str, Any], trial: bool) -> l
     if trial and shorter:
         place /= "trials"
     if settings:
-        place /= as_text(settings).replace(", ", ",").replace("/", "_")
+        place /= as_folder(as_text(settings))
     options = {**row.options, **shorter, **settings}
     seeds = row.seeds[:1] if trial else row.seeds
     return [Run(row, seed, dict(settings), trial, place / str(seed), options) for seed in seeds]
@@ -214,7 +223,7 @@ def why_failed(code: int, log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     for line in reversed(lines):
         if line.startswith("error: "):
-            return line.removeprefix("error: ")
+            return line.removeprefix("error: ")[:300]
     return lines[-1][:300] if lines else f"exit status {code} and not a word"
 
 

@@ -16,6 +16,8 @@
         seeds: [1]
         grid: {lr_adapters: [0.0003, 0.001]}     # all combinations; the best one on dev is tested
         vary: {tpa_layers: [all, last:6]}        # all combinations, a row each
+      - method: elp
+        grid: [{lr_adapters: 0.001, lr_norms: 0.0001}, {lr_adapters: 0.003, lr_norms: 0.0003}]
     grid_options: {number_of_epochs: 2}  # of runs that only serve to choose; a full run otherwise
 
 ``seeds``, ``options`` and ``grid`` may stand at the top, for all rows, and in a row: options are
@@ -69,7 +71,7 @@ class Row:
     @property
     def folder(self) -> str:
         """The label as the name of a folder."""
-        return re.sub(r"[^\w.=+:-]+", "-", self.label).strip("-.") or "row"
+        return as_folder(self.label)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"plan {path}: cannot be read ({_one_line(error)})") from None
     try:
-        plan = ruamel.yaml.YAML(typ="safe").load(text)
+        plan = ruamel.yaml.YAML(typ="safe", pure=True).load(text)
     except ruamel.yaml.YAMLError as error:
         raise PlanError(f"plan {path} is no YAML: {_one_line(error)}") from None
     if not isinstance(plan, dict):
@@ -161,7 +163,7 @@ def make_plan(
     shared = {
         "seeds": keys.get("seeds", [1]),
         "options": _mapping(keys, "options", f"plan {source}"),
-        "grid": _mapping(keys, "grid", f"plan {source}"),
+        "grid": keys.get("grid"),
     }
     if not isinstance(keys["methods"], list):
         raise PlanError(f"plan {source}: methods: expected a list, got {keys['methods']!r}")
@@ -174,6 +176,8 @@ def make_plan(
     if reach is not None and (isinstance(reach, bool) or not isinstance(reach, int | float)):
         raise PlanError(f"plan {source}: reach: expected a score in percent, got {reach!r}")
     folder = Path(output).resolve() if output else _output(keys, source, recipe)
+    if "=" in str(folder):
+        raise PlanError(f"output {folder}: SpeechBrain cannot handle paths with a '='")
     return Plan(
         recipe=recipe,
         output=folder,
@@ -183,6 +187,17 @@ def make_plan(
         score=keys.get("score"),
         reach=reach,
     )
+
+
+def _settings(grid: Any, where: str) -> list[dict[str, Any]]:
+    """What a grid stands for: all combinations of its values, or the settings that it lists."""
+    if not isinstance(grid, list):
+        return combinations(_mapping({"grid": grid}, "grid", where), where)
+    if not grid or not all(isinstance(settings, dict) for settings in grid):
+        raise PlanError(
+            f"{where}: expected {{key: values}} or a list of {{key: value}}, got {grid}"
+        )
+    return grid
 
 
 def combinations(choices: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -212,6 +227,17 @@ def as_text(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={as_argument(value)}" for key, value in options.items())
 
 
+def as_folder(text: str) -> str:
+    """A text as the name of a folder; SpeechBrain's command line would split it at a "=".
+
+    Example
+    -------
+    >>> as_folder("tpa, tpa_layers=last:3")
+    'tpa-tpa_layers-last-3'
+    """
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "-"
+
+
 def as_argument(value: Any) -> str:
     """A value as the command line of a run takes it, in YAML."""
     if isinstance(value, str):
@@ -239,8 +265,7 @@ def _rows(entry: Any, shared: Mapping[str, Any], source: Path, recipe: Path) -> 
         raise PlanError(f"{where}: seeds: expected a list of whole numbers, got {seeds!r}")
     if len(set(seeds)) < len(seeds):
         raise PlanError(f"{where}: seeds: one is there twice in {seeds}")
-    grid = _mapping(entry, "grid", where) if "grid" in entry else shared["grid"]
-    settings = combinations(grid, f"{where}: grid")
+    settings = _settings(entry.get("grid", shared["grid"]), f"{where}: grid")
     options = {**shared["options"], **_mapping(entry, "options", where)}
     label = str(entry.get("label") or Path(method).stem)
     rows = []

@@ -166,7 +166,7 @@ def _label(figure, axes, points: Sequence[Point]) -> None:
             if tried[-1][0] == 0:
                 break
         _, place, box = min(tried, key=lambda candidate: candidate[0])
-        line = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+        line = {"arrowstyle": "-", "color": "0.3", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
         _write(axes, point, place, arrowprops=line if max(map(abs, place)) > 10 else None)
         taken.append(box)
 
@@ -176,7 +176,7 @@ def _write(axes, point: Point, place: tuple[float, float], **more):
     return axes.annotate(
         point.label,
         (point.x, point.y),
-        **{"xytext": place, "textcoords": "offset points", "fontsize": 8.5, "zorder": 4},
+        **{"xytext": place, "textcoords": "offset points", "fontsize": 8.5, "zorder": 2},
         **{"bbox": {"boxstyle": "square,pad=0.05", "color": "white", "alpha": 0.8}},
         ha="center" if abs(x) < 0.9 * abs(y) else "left" if x > 0 else "right",
         va="center" if abs(y) < 0.4 * abs(x) else "bottom" if y > 0 else "top",

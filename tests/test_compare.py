@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from hff_modules import compare, plots, tables
-from hff_modules.plan import PlanError, make_plan, read_plan
+from hff_modules.config import METHODS, find_method, merge_files
+from hff_modules.plan import PlanError, as_folder, make_plan, read_plan
+from tests.test_training import make_speech
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,6 +113,7 @@ def test_every_method_runs_with_every_seed_and_one_command_leaves_table_csv_json
     assert len(given) == 4
     assert given["a", "1"]["lr"] == "0.02" and given["a", "1"]["more"] == "1"
     assert json.loads(given["a", "1"]["names"]) == ["x", "y"] and given["a", "1"]["flag"] == "true"
+    assert not any("=" in o["output_folder"] for o in given.values())
     assert given["b", "2"]["lr"] == "3.0e-05" and given["b", "2"]["width"] == "9"
     table = output(recipe, "table.md").read_text()
     saved = json.loads(output(recipe, "runs.json").read_text())
@@ -158,6 +161,12 @@ def test_a_learning_rate_is_chosen_on_dev_and_only_the_chosen_one_sees_the_test_
     trials = json.loads(output(recipe, "trials.json").read_text())
     assert [trial["settings"]["lr"] for trial in trials] == [0.03, 0.011, 0.001]
     assert [trial["dev"]["cer"] for trial in trials] == pytest.approx([41, 22, 30])
+
+
+def test_settings_can_be_listed_instead_of_combined(recipe):
+    grid = [{"lr": 0.03, "width": 1}, {"lr": 0.01, "width": 2}]
+    (run,) = carry_out(recipe, methods=[{"method": "a", "grid": grid}])
+    assert run["chosen"] == "lr=0.01, width=2" and len(calls(recipe)) == 3
 
 
 def test_trials_with_options_of_their_own_are_not_the_final_runs(recipe):
@@ -319,7 +328,9 @@ def test_rows_can_be_picked_from_a_plan(recipe):
         ({"methods": ["a"], "seeds": [1, 1]}, "seeds: one is there twice"),
         ({"methods": ["a", "a"]}, "two rows are called 'a'"),
         ({"methods": ["a"], "grid": {"lr": 0.1}}, "grid: lr: expected a list of values, got 0.1"),
+        ({"methods": ["a"], "grid": [1]}, "expected {key: values} or a list of {key: value}"),
         ({"methods": ["a"], "options": ["x"]}, "options: expected {key: value}"),
+        ({"methods": ["a"], "output": "a=b"}, "cannot handle paths with a '='"),
         ({"methods": ["a"], "reach": "low"}, "reach: expected a score in percent, got 'low'"),
     ],
 )
@@ -373,3 +384,76 @@ def test_pictures_are_drawn_for_methods_without_parameters_and_for_one_alone(rec
     for name in compare.PICTURES:
         assert output(recipe, f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert output(recipe, "index.html").read_text().count("data:image/png;base64,") == 4
+
+
+PLANS = sorted([*ROOT.glob("plans/*.yaml"), *ROOT.glob("recipes/*/*/plans/*.yaml")])
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_plans_of_the_project_name_only_keys_that_their_methods_have(path):
+    plan = make_plan(read_plan(path), path)
+    source = plan.recipe.read_text()
+    (base,) = [p for p in plan.recipe.parent.rglob("hparams/**/*.yaml") if f'"{p.name}"' in source]
+    shared = merge_files(base)
+    for row in plan.rows:
+        known = {*shared, *merge_files(find_method(row.method, base.parent))}
+        for options in (row.options, plan.grid_options, *row.settings):
+            assert set(options) <= known, (row.label, set(options) - known)
+
+
+def test_the_plan_of_all_methods_has_every_method_file_but_the_one_for_encoders_with_a_cnn():
+    path = ROOT / "recipes" / "LibriSpeech" / "ASR" / "plans" / "methods.yaml"
+    rows = make_plan(read_plan(path), path).rows
+    assert {row.method for row in rows} | {"cnn"} == {p.stem for p in METHODS.glob("*.yaml")}
+    assert all(len(row.settings) == 3 for row in rows)
+
+
+REAL = """
+import sys
+from pathlib import Path
+from hff_modules.brains import train_ctc
+from hff_modules.cli import run
+from hff_modules.config import load_config
+
+HERE = Path(__file__).parent
+
+def main(argv):
+    hparams, run_opts = load_config(argv, HERE / "base.yaml")
+    csv = HERE / "train.csv"
+    return train_ctc(hparams, run_opts, HERE, [csv], [csv], {"tones": csv})
+
+run(main)
+"""
+
+
+def test_a_real_job_is_tried_chosen_and_tested_and_a_wrong_key_is_its_reason(
+    tmp_path, encoder_folder
+):
+    make_speech(tmp_path, 4)
+    (tmp_path / "train.py").write_text(REAL)
+    (tmp_path / "base.yaml").write_text("extends: base/ctc.yaml\ndataset: tones\n")
+    options = {
+        "encoder": encoder_folder,
+        "layers": [2, 4],
+        "number_of_epochs": 1,
+        "tensorboard": None,
+    }
+    options |= {"head": "!name:hff_modules.heads.LinearHead"}
+    rows = [
+        {"method": "fusion", "grid": {"lr_fusion": [0.001, 0.01]}},
+        {"method": "last_layer", "options": {"lr_fussion": 1}},
+    ]
+    keys = {"recipe": "train.py", "methods": rows, "options": options}
+    (tmp_path / "plan.yaml").write_text(json.dumps(keys))
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path / "plan.yaml"), "--", "--device", "cpu"])
+    folder = tmp_path / "results" / "compare" / "plan"
+    (run, failed) = json.loads((folder / "runs.json").read_text())
+    assert "--lr_fussion: there is no such key. Did you mean --lr_fusion?" in failed["failed"]
+    assert run["dev"] == {name: run["history"][0][name] for name in run["dev"]}
+    assert run["test"]["tones"]["cer"] == pytest.approx(run["dev"]["cer"])
+    (checkpoint,) = (folder / "fusion").glob(f"{as_folder(run['chosen'])}/1/save/CKPT*")
+    size = sum((checkpoint / n).stat().st_size for n in ("trained.safetensors", "manifest.json"))
+    assert run["checkpoint_mb"] == size / 1e6
+    untested = set((folder / "fusion").glob("*/1")) - {checkpoint.parent.parent}
+    assert [json.loads((p / "results.json").read_text())["test"] for p in untested] == [{}]
