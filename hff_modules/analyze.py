@@ -82,9 +82,11 @@ def summary(report: Mapping[str, Any]) -> list[str]:
         auto = report["auto"]
         lines.append(f"{auto['asked']} chooses {auto['chosen']} ({auto['stopped']}).")
         for compared in auto["compared"]:
-            values = ", ".join(f"{k} {compared[k]:.3f}" for k in score_keys(report))
-            lines.append(f"{compared['name']} {compared['layers']}: {values}")
-        lines.append(auto["verdict"])
+            heads = layer_table(report)[0][1:-1]
+            values = _numbers(compared, score_keys(report))
+            said = ", ".join(f"{h} {v}" for h, v in zip(heads, values, strict=True))
+            lines.append(f"{compared['name']} {compared['layers']}: {said}")
+        lines.append(f"{auto['verdict']}.".capitalize())
     return lines
 
 
@@ -109,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
     if not recipe.is_file():
         raise FileNotFoundError(f"recipe {recipe} is not there; expected a train.py")
     line = [sys.executable, str(recipe), "last_layer", "--layers", "all"]
-    line += ["--output_folder", str(folder), *extra, "--analysis", str(folder)]
+    line += ["--output_folder", str(folder / "job"), *extra, "--analysis", str(folder)]
     status = subprocess.run(line, cwd=recipe.parent).returncode
     if status:
         sys.exit(status)

@@ -161,6 +161,7 @@ class Analysis:
         if self._singles is None:
             bank = self.bank([[layer] for layer in self.layers])
             total = WeightedSumProbe(len(self.layers), self.encoder.hidden_size, self.task.outputs)
+            logger.info(f"probing {len(self.layers)} layers, {self.epochs} epochs")
             train_probes([bank, total], self.train, self.epochs)
             *scores, of_sum = score_probes([bank, total], self.dev)
             self.weighted = {"weights": total.layer_weights(), **of_sum}
@@ -233,6 +234,7 @@ class Analysis:
             sets = [chosen, *([*chosen, n] for n in others)]
             longer = self.bank(sets)
             longer.start_from(bank, row)
+            logger.info(f"chosen so far: {chosen}; probing each with one of {others}")
             train_probes([longer], self.train, max(self.epochs // 2, 1))
             alone, *more = (s["loss"] for s in score_probes([longer], self.dev))
             losses = dict(zip(others, more, strict=True))

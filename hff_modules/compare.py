@@ -593,8 +593,22 @@ def _locked(folder: Path) -> bool:
     return False
 
 
-def _interrupt(number, frame):
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _stoppable():
+    """Being asked to end, or losing the terminal, is like Ctrl-C: the runs are ended, too."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    asked = (signal.SIGTERM, signal.SIGHUP)
+    before = {s: signal.signal(s, interrupt) for s in asked if signal.getsignal(s) is not None}
+    if before.get(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str]) -> list[dict]:
@@ -635,10 +649,10 @@ def main(argv: Sequence[str]) -> list[dict]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PlanError(f"{plan.output}: a comparison is running here already") from None
-        signal.signal(signal.SIGTERM, _interrupt)
         runner = Runner(plan, jobs, options.devices, lock.fileno(), options.limit_minutes)
         try:
-            runs = compare(plan, runner)
+            with _stoppable():
+                runs = compare(plan, runner)
         except KeyboardInterrupt:
             sys.exit(130)
     if runs:

@@ -10,6 +10,8 @@ body { font: 15px/1.45 sans-serif; max-width: 75rem; margin: 2rem auto; padding:
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #999; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
+td { white-space: nowrap; }
+td.long { white-space: normal; min-width: 16rem; text-align: left; }
 th { border-bottom: 2px solid #000; vertical-align: bottom; }
 .wide { overflow-x: auto; margin: 1rem 0 2rem; }
 img { max-width: 100%; margin: 0 0 1.5rem; }
@@ -63,4 +65,5 @@ def page(
 
 
 def _cells(tag: str, texts: Sequence[str]) -> list[str]:
-    return [f"<{tag}>{escape(text.strip('`'))}</{tag}>" for text in texts]
+    wide = ["", ' class="long"']
+    return [f"<{tag}{wide[len(t) > 40]}>{escape(t.strip('`'))}</{tag}>" for t in texts]

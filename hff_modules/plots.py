@@ -224,6 +224,7 @@ def layers(report: Mapping[str, Any], path: Path) -> None:
     for number, bar in zip(numbers, bars, strict=True):
         if number in chosen:
             bar.set_hatch("///")
+            bar.set_label("chosen: auto" if number == min(chosen) else None)
     weights.axhline(1 / len(numbers), color="0.4", linestyle="--", label="all alike")
     weights.set_ylabel("weight in a learned sum of all layers (they add up to 1)")
     weights.legend(fontsize=8)
