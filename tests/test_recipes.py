@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hff_modules.data.manifest import summarize_manifest
 from hff_modules.data.prepare import at_most, check_apart
 from tests import corpora
 
@@ -250,6 +251,7 @@ def test_intents_have_every_slot_and_what_is_tested_was_seen_twice(tmp_path, sav
     assert (
         "1 of 61 utterances cannot be used: absent: 1 (clean/0075d273-51bb-0060.wav)" in caplog.text
     )
+    assert summarize_manifest(save / "train.csv").speakers == 0, "nobody knows how many"
     for slot in corpora.INTENT_SLOTS:
         seen = [row[slot] for row in rows["train"]]
         assert all(value == value.strip() for value in seen) and "none" in seen

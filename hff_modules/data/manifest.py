@@ -32,7 +32,7 @@ class ManifestSummary:
     utterances : int
         Number of rows.
     speakers : int
-        Number of different ``spk_id``; 0 when there is no such column.
+        Number of different ``spk_id``; 0 when there is no such column, or nothing in it.
     shortest, longest : float
         Seconds.
     """
@@ -213,7 +213,7 @@ def summarize_manifest(source: str | os.PathLike | DynamicItemDataset) -> Manife
         data, ids = source.data, getattr(source, "data_ids", None)
         rows = [data[name] for name in (data if ids is None else ids)]
     durations = [row["duration"] for row in rows]
-    speakers = {row["spk_id"] for row in rows if "spk_id" in row}
+    speakers = {row["spk_id"] for row in rows if row.get("spk_id")}
     return ManifestSummary(
         hours=sum(durations) / 3600,
         utterances=len(rows),
