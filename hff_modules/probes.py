@@ -22,6 +22,9 @@ Batch = tuple[torch.Tensor, torch.Tensor, list]  # states (L, B, T, D), lengths 
 class ProbeBank(nn.Module):
     """A linear map for each of several sets of states; all start at zero.
 
+    The states of a set of ``n`` count ``n ** -0.5`` each, so that large sets learn as fast as small
+    ones.
+
     Arguments
     ---------
     sets : Sequence[Sequence[int]]
@@ -44,7 +47,7 @@ class ProbeBank(nn.Module):
         there = torch.zeros(len(sets), longest, 1, 1)
         for row, chosen in enumerate(sets):
             index[row, : len(chosen)] = torch.tensor(list(chosen))
-            there[row, : len(chosen)] = 1
+            there[row, : len(chosen)] = len(chosen) ** -0.5
         self.register_buffer("index", index)
         self.register_buffer("there", there)
         self.weight = nn.Parameter(torch.zeros(len(sets), longest, width, outputs))
@@ -52,9 +55,9 @@ class ProbeBank(nn.Module):
 
     def start_from(self, other: "ProbeBank", row: int) -> None:
         """Let every probe begin with another bank's, whose states are the first of its own."""
-        slots = other.weight.shape[1]
+        slots, scale = other.weight.shape[1], other.there[row, 0] / self.there[:, :1]
         with torch.no_grad():
-            self.weight[:, :slots] = other.weight[row]
+            self.weight[:, :slots] = scale * other.weight[row]
             self.bias.copy_(other.bias[row].expand_as(self.bias))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
@@ -240,7 +243,7 @@ class StoredSpeech:
         rows: Sequence[Mapping],
         read: Callable[[str], torch.Tensor],
         task: Task,
-        batch_seconds: float = 30.0,
+        batch_seconds: float = 10.0,
         device: torch.device | str = "cpu",
     ):
         self.task, self.device, self.read = task, device, read
@@ -309,7 +312,7 @@ def _spread(count: int) -> list[int]:
 
 
 def train_probes(
-    probes: Sequence[nn.Module], train: StoredSpeech, epochs: int, lr: float = 3e-3
+    probes: Sequence[nn.Module], train: StoredSpeech, epochs: int, lr: float = 0.01
 ) -> None:
     """Train banks of probes, all on the same batches.
 
@@ -321,9 +324,9 @@ def train_probes(
         Standardised.
     epochs : int
     lr : float
-        Of Adam; falls to a twentieth. Layer weights learn ten times faster.
+        Of Adam; falls to a twentieth. Layer weights learn three times faster.
     """
-    groups = [{"params": [], "lr": lr}, {"params": [], "lr": 10 * lr}]
+    groups = [{"params": [], "lr": lr}, {"params": [], "lr": 3 * lr}]
     for probe in probes:
         for name, parameter in probe.to(train.device).named_parameters():
             groups[name == "scores"]["params"].append(parameter)

@@ -25,6 +25,10 @@ from hff_modules.probes import (
     score_probes,
     train_probes,
 )
+from tests.test_classification import job as classification_job  # noqa: F401
+from tests.test_classification import tones  # noqa: F401
+from tests.test_speaker import job as speaker_job  # noqa: F401
+from tests.test_speaker import voices  # noqa: F401
 from tests.test_training import arguments, make_speech
 
 LABELS = {"sort": ["a", "b", "c"]}
@@ -53,7 +57,8 @@ def test_a_bank_gives_what_each_linear_map_gives_alone():
     outputs = bank(states)
     for row, chosen in enumerate(([0, 2], [1], [2, 0])):
         expected = sum(states[k] @ bank.weight[row, slot] for slot, k in enumerate(chosen))
-        torch.testing.assert_close(outputs[row], expected + bank.bias[row])
+        expected = expected / len(chosen) ** 0.5 + bank.bias[row]
+        torch.testing.assert_close(outputs[row], expected)
 
 
 def test_probes_trained_together_are_those_trained_alone():
@@ -329,3 +334,12 @@ def test_two_runs_that_start_together_compute_states_once(encoder_folder, tmp_pa
     waiting.join(60)
     assert spent == [{"utterances": 0, "seconds": 0.0, "gigabytes": 0.0}]
     assert torch.equal(few.read(wavs[0])[:, 0], cache.read(wavs[0])[:, 2])
+
+
+@pytest.mark.parametrize("fixture", ["classification_job", "speaker_job"])
+def test_layers_are_chosen_for_classes_and_for_speakers_too(fixture, request, tmp_path):
+    run = request.getfixturevalue(fixture)
+    results = run(tmp_path, "--layers", "auto:2", "--probes", "{epochs: 2}")
+    choice = json.loads((tmp_path / "layers.json").read_text())
+    assert results["layers"] == choice["chosen"] and len(choice["chosen"]) == 2
+    assert 0 <= choice["compared"][0]["accuracy"] <= 100
