@@ -176,10 +176,9 @@ class TrainedRun:
 
     def _best(self) -> Path:
         save, chosen_by = self.folder / "save", self.config["select_by"]
-        found = None
-        if save.is_dir():
-            key = {"max_key" if self.config.get("select_highest") else "min_key": chosen_by}
-            found = TrainedCheckpointer(save).find_checkpoint(**key)
+        if not save.is_dir():
+            raise ExportError(f"{save} is missing: the run has no checkpoint")
+        found = TrainedCheckpointer(save).find_checkpoint(min_key=chosen_by)
         if found is None:
             raise ExportError(f"{save} has no checkpoint with a score {chosen_by!r}")
         return found.path
@@ -264,7 +263,7 @@ class TrainedRun:
             ],
             "fusion": self.fusion_described,
             "head": self.head_described,
-            "dataset": config.get("dataset"),
+            "dataset": config["dataset"],
             "results": {k: self.results[k] for k in (*COUNTS, *RESULTS) if k in self.results},
             "versions": self.results.get("versions", {}),
         }
@@ -320,7 +319,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ExportError(f"{path} is missing: the run is of an older version or did not start")
     tree = ruamel.yaml.YAML().load(resolve_references(path.read_text(encoding="utf-8")))
     keys = ("dataset", "encoder_precision", "seed", "adapters", "fusion", "head", "select_by")
-    keys += ("select_highest", "cache", "cache_dtype")
+    keys += ("cache", "cache_dtype")
     wanted = ruamel.yaml.CommentedMap({key: tree[key] for key in keys if key in tree})
     stream = io.StringIO()
     ruamel.yaml.YAML().dump(wanted, stream)
@@ -386,11 +385,13 @@ def pack_encoder(encoder: SSLEncoder, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-_COMMON = """\
-# For SpeechBrain's {interface}. The pretrainer reads {files}; no pickle.
+_SETTINGS = """\
+# For SpeechBrain's {interface}. The pretrainer reads hff.json and trained.safetensors; no pickle.
 base_encoder: null  # another place of the base encoder than hff.json names
 sample_rate: 16000
-"""
+{parts}pretrainer: !new:hff_modules.interfaces.FolderLoader
+    loadables:
+{loadables}"""
 
 _ASR = """\
 encoder: !new:hff_modules.interfaces.CTCEncoder
@@ -398,22 +399,19 @@ encoder: !new:hff_modules.interfaces.CTCEncoder
 tokenizer: !new:{tokenizer}
 modules:
     encoder: !ref <encoder>
-{decoding}
-pretrainer: !new:hff_modules.interfaces.FolderLoader
-    loadables:
-        encoder: !ref <encoder>
-        tokenizer: !ref <tokenizer>
-"""
+{decoding}"""
 
 _GREEDY = """\
 decoding_function: !name:speechbrain.decoders.ctc_greedy_decode
-    blank_id: 0"""
+    blank_id: 0
+"""
 
 _BEAM = """\
 decoding_function: !name:speechbrain.decoders.ctc.CTCPrefixBeamSearcher
 test_beam_search:
     blank_index: 0
-    beam_size: 50"""
+    beam_size: 50
+"""
 
 _TOKENIZERS = {
     "char": "speechbrain.dataio.encoder.CTCTextEncoder",
@@ -421,16 +419,58 @@ _TOKENIZERS = {
     "bpe": "sentencepiece.SentencePieceProcessor",
 }
 
+# Waveforms pass through features and their norm unchanged: the embedding model reads them.
+_EMBEDDINGS = """\
+embedding_model: !new:hff_modules.interfaces.Embeddings
+    base: !ref <base_encoder>
+mean_var_norm_emb: !new:hff_modules.interfaces.Unchanged
+modules:
+    compute_features: !new:torch.nn.Identity
+    mean_var_norm: !new:hff_modules.interfaces.Unchanged
+    embedding_model: !ref <embedding_model>
+    mean_var_norm_emb: !ref <mean_var_norm_emb>
+"""
+
+_CLASSES = """\
+slot: null          # which slot of several is classified; the first by default
+embedding_model: !new:hff_modules.interfaces.Embeddings
+    base: !ref <base_encoder>
+classifier: !new:hff_modules.interfaces.Classifier
+    embedding_model: !ref <embedding_model>
+    slot: !ref <slot>
+label_encoder: !new:hff_modules.interfaces.SlotLabels
+    slot: !ref <slot>
+modules:
+    compute_features: !new:torch.nn.Identity
+    mean_var_norm: !new:hff_modules.interfaces.Unchanged
+    embedding_model: !ref <embedding_model>
+    classifier: !ref <classifier>
+"""
+
 
 def hyperparams(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Give the settings for SpeechBrain's interfaces: texts by file name."""
-    files = f"{MANIFEST} and {TENSORS}"
+    task, name = manifest["task"], "hyperparams.yaml"
+    if task == "speaker":
+        return {name: _settings("SpeakerRecognition", _EMBEDDINGS, "embedding_model")}
+    if task == "classification":
+        parts = _settings("EncoderClassifier", _CLASSES, "embedding_model", "label_encoder")
+        return {name: parts}
     tokenizer = _TOKENIZERS[manifest["units"]]
-    head = _COMMON.format(interface="EncoderASR", files=files)
     return {
-        name: head + _ASR.format(tokenizer=tokenizer, decoding=decoding)
-        for name, decoding in (("hyperparams.yaml", _GREEDY), ("hyperparams_beam.yaml", _BEAM))
+        name: _settings(
+            "EncoderASR",
+            _ASR.format(tokenizer=tokenizer, decoding=decoding),
+            "encoder",
+            "tokenizer",
+        )
+        for name, decoding in ((name, _GREEDY), ("hyperparams_beam.yaml", _BEAM))
     }
+
+
+def _settings(interface: str, parts: str, *loadables: str) -> str:
+    lines = "".join(f"        {name}: !ref <{name}>\n" for name in loadables)
+    return _SETTINGS.format(interface=interface, parts=parts, loadables=lines)
 
 
 def _json(content: Any) -> str:
@@ -468,6 +508,30 @@ EncoderASR.from_hparams(source="{name}", hparams_file="hyperparams_beam.yaml")  
 
     python -m hff_modules.transcribe {name} speech.wav
 """,
+    "classification": """\
+```python
+from hff_modules.exported import load_exported
+
+model = load_exported("{name}")
+model(wavs, wav_lens)        # wavs (batch, samples) at 16 kHz: label and probability by slot, each
+
+from speechbrain.inference.classifiers import EncoderClassifier
+
+EncoderClassifier.from_hparams(source="{name}").classify_file("speech.wav")
+```
+""",
+    "speaker": """\
+```python
+from hff_modules.exported import load_exported
+
+model = load_exported("{name}")
+model(wavs, wav_lens)        # wavs (batch, samples) at 16 kHz: an embedding each
+
+from speechbrain.inference.speaker import SpeakerRecognition
+
+SpeakerRecognition.from_hparams(source="{name}").verify_files("one.wav", "other.wav")
+```
+""",
 }
 
 
@@ -489,7 +553,7 @@ def card(manifest: Mapping[str, Any], about: Mapping[str, Any], name: str = "my_
         Markdown with the front matter that the hub reads.
     """
     encoder, results = manifest["encoder"], manifest["results"]
-    dataset = about.get("dataset") or manifest.get("dataset") or "unknown"
+    dataset = about.get("dataset") or manifest["dataset"]
     front = {
         "license": about.get("license") or "unknown",
         "library_name": "speechbrain",
@@ -498,7 +562,7 @@ def card(manifest: Mapping[str, Any], about: Mapping[str, Any], name: str = "my_
     }
     if about.get("language"):
         front["language"] = about["language"]
-    if _on_hub(encoder["source"]):
+    if encoder["source"].count("/") == 1 and not Path(encoder["source"]).is_absolute():
         front["base_model"] = encoder["source"]
         front["base_model_relation"] = "finetune" if encoder.get("merged") else "adapter"
     stream = io.StringIO()
@@ -533,10 +597,11 @@ def card(manifest: Mapping[str, Any], about: Mapping[str, Any], name: str = "my_
         ("versions", ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())),
     ]
     table = "".join(f"| {key} | {value} |\n" for key, value in rows)
-    packed = {
-        True: "The base encoder is in `encoder/`, as a plain Hugging Face folder.",
-        False: "The base encoder is not in this folder; it is fetched from where it is named.",
-    }[encoder["packed"]]
+    packed = "The base encoder is not in this folder; it is fetched from where it is named."
+    if encoder["packed"]:
+        packed = "The base encoder is in `encoder/`, as a plain Hugging Face folder."
+    elif encoder["source"] in ("builtin", "logmel"):
+        packed = "The base encoder comes with the package hff-modules, in the same version."
     return (
         f"---\n{stream.getvalue()}---\n\n# {manifest['method']} for {manifest['task']}\n\n"
         f"| | |\n| --- | --- |\n{table}\n{packed}\n\n## Use\n\n"
@@ -545,10 +610,6 @@ def card(manifest: Mapping[str, Any], about: Mapping[str, Any], name: str = "my_
         "SpeechBrain's interfaces, which build whatever classes it names: look at it before you "
         "open it from strangers so, or use `load_exported`, which does not read it.\n"
     )
-
-
-def _on_hub(source: str) -> bool:
-    return source.count("/") == 1 and not Path(source).is_absolute()
 
 
 def push(folder: str | Path, name: str, private: bool = False) -> str:

@@ -123,7 +123,7 @@ def find_folder(source: str | Path, revision: str | None = None, **options) -> P
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read ``hff.json``."""
     path = folder / MANIFEST
-    manifest = _read_json(path)
+    manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ExportError(f"{path}: expected an exported model of format {FORMAT}")
     if manifest.get("task") not in TASKS:
@@ -136,7 +136,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Read one of the folder's JSON files."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -218,7 +219,7 @@ class Exported(nn.Module):
             self.units = load_units(folder / TOKENIZER)
             self._written = written(self.units)
         elif self.task == "classification":
-            self.labels = _read_json(folder / LABELS)
+            self.labels = read_json(folder / LABELS)
         self.fusion.requires_grad_(False)
         self.head.requires_grad_(False)
         self.eval()

@@ -8,13 +8,21 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from speechbrain.dataio.encoder import CTCTextEncoder
+from speechbrain.dataio.encoder import CategoricalEncoder, CTCTextEncoder
 from speechbrain.utils.fetching import FetchConfig, FetchFrom, LocalStrategy, guess_source
 from speechbrain.utils.parameter_transfer import Pretrainer
 from torch import nn
 
 from hff_modules.data.text import MODEL_FILE, CharUnits
-from hff_modules.exported import TOKENIZER, Exported, ExportError, find_folder, load_exported
+from hff_modules.exported import (
+    LABELS,
+    TOKENIZER,
+    Exported,
+    ExportError,
+    find_folder,
+    load_exported,
+    read_json,
+)
 
 CERTAIN = -1e4  # log probability of what is ruled out
 
@@ -103,3 +111,76 @@ class CTCEncoder(Filled):
         blank = log_probs.new_full(log_probs.shape[-1:], CERTAIN)
         blank[self.model.units.blank_index] = 0.0
         return torch.where(behind.unsqueeze(-1), blank, log_probs)
+
+
+class Unchanged(nn.Module):
+    """What SpeechBrain calls between steps that here are one: gives back what it is given."""
+
+    def forward(self, features: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Give ``features``."""
+        return features
+
+
+class Embeddings(Filled):
+    """The ``embedding_model`` of ``EncoderClassifier`` and ``SpeakerRecognition``.
+
+    From waveforms to what a classifier pools, or to a speaker's embedding.
+    """
+
+    def forward(self, wavs: torch.Tensor, wav_lens: torch.Tensor) -> torch.Tensor:
+        """From waveforms (batch, samples), 16 kHz, to (batch, 1, width)."""
+        states, lengths = self.model.states(wavs, wav_lens)
+        if self.model.task == "speaker":
+            return self.model.outputs(states, lengths).float().unsqueeze(1)
+        head, features = self.model.head, self.model.features(states, lengths)
+        return head.pooling(head.projection(features), lengths).unsqueeze(1)
+
+
+class Classifier(nn.Module):
+    """The ``classifier`` of ``EncoderClassifier``: one slot's log probabilities.
+
+    Arguments
+    ---------
+    embedding_model : Embeddings
+        Whose head has the slot.
+    slot : str, optional
+        The first by default.
+    """
+
+    def __init__(self, embedding_model: Embeddings, slot: str | None = None):
+        super().__init__()
+        self.slot = slot
+        self._embedding_model = [embedding_model]  # in a list: no part of this one
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """From (batch, 1, width) to log probabilities (batch, 1, classes)."""
+        head = self._embedding_model[0].model.head
+        number = _slot_number(list(head.slots), self.slot)
+        return head.outputs[number](embeddings).float().log_softmax(-1)
+
+
+class SlotLabels(CategoricalEncoder):
+    """The ``label_encoder`` of ``EncoderClassifier``: the names of one slot's classes.
+
+    Arguments
+    ---------
+    slot : str, optional
+        The first by default.
+    """
+
+    def __init__(self, slot: str | None = None):
+        super().__init__()
+        self.slot = slot
+
+    def fill(self, folder: Path) -> None:
+        """Read the names."""
+        labels = read_json(folder / LABELS)
+        names = labels[list(labels)[_slot_number(list(labels), self.slot)]]
+        self.update_from_iterable(names)
+        self.expect_len(len(names))
+
+
+def _slot_number(slots: list[str], slot: str | None) -> int:
+    if slot is not None and slot not in slots:
+        raise ExportError(f"slot={slot!r}: expected one of {', '.join(slots)}")
+    return 0 if slot is None else slots.index(slot)

@@ -340,6 +340,7 @@ class Sink:
         self.is_folder = output is not None and (self.path.is_dir() or not self.path.suffix)
         self.file: TextIO = sys.stdout
         self.is_empty = True
+        self.written: set[Path] = set()
 
     def __enter__(self) -> "Sink":
         self._open = contextlib.ExitStack()
@@ -355,6 +356,9 @@ class Sink:
         if self.kind == "srt" and not self.is_folder and not self.is_empty:
             raise ExportError("subtitles of several recordings: give a folder as --output")
         self.is_empty = False
+        place = self.path / recording.place if self.is_folder else None
+        if place in self.written:
+            raise AudioError(f"{recording.name}: {place} is there of another recording")
         own_text = self.is_folder and self.kind == "text"
         with _spool() as whole:
             WRITERS[self.kind]("" if own_text else recording.name, found, whole)
@@ -363,7 +367,7 @@ class Sink:
                 shutil.copyfileobj(whole, self.file)
                 self.file.flush()
                 return
-            place = self.path / recording.place
+            self.written.add(place)
             with open_atomically(place.with_name(place.name + SUFFIXES[self.kind])) as file:
                 shutil.copyfileobj(whole, file)
 

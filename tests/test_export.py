@@ -1,21 +1,29 @@
 import json
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import ruamel.yaml
 import soundfile
 import torch
 from safetensors import safe_open
 from speechbrain.inference.ASR import EncoderASR
+from speechbrain.inference.classifiers import EncoderClassifier
+from speechbrain.inference.speaker import SpeakerRecognition
 
-from hff_modules import SSLEncoder, adapters
-from hff_modules.brains import CTCBrain, train_ctc
+from hff_modules import HierarchicalFusion, SSLEncoder, adapters
+from hff_modules.brains import CTCBrain, train_classification, train_ctc, train_speaker
+from hff_modules.checkpoint import write_tensors
 from hff_modules.config import load_config
 from hff_modules.data.loading import read_speech
-from hff_modules.export import export
+from hff_modules.data.manifest import COLUMNS, write_manifest
+from hff_modules.export import export, main, push
 from hff_modules.exported import ExportError, load_exported
+from hff_modules.heads import LinearHead
 from tests.test_training import arguments, make_speech
 
 ROOT = Path(__file__).parent.parent
@@ -327,3 +335,211 @@ def test_damaged_models_are_refused_by_file(trained, tmp_path, file, change, mes
         path.write_text(change(path.read_text() if path.suffix == ".json" else ""))
     with pytest.raises(ValueError, match=message):
         load_exported(tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def utterance_run(tmp_path_factory, encoder_folder, tones):
+    """Train a classifier with two slots or a speaker model on the tones; gives its folder."""
+
+    def run(task):
+        folder = tmp_path_factory.mktemp(task)
+        rows = read_speech([tones / "train.csv"], tones).data
+        table = [
+            {
+                "ID": name,
+                "duration": row["duration"],
+                "wav": row["wav"],
+                "spk_id": f"s{number % 3}",
+                "wrd": row["wrd"],
+                "action": ["on", "off", "up"][number % 3],
+                "object": ["lamp", "heat"][number % 2],
+            }
+            for number, (name, row) in enumerate(rows.items())
+        ]
+        write_manifest(folder / "all.csv", table, [*COLUMNS, "action", "object"])
+        base = folder / "base.yaml"
+        slots = "slots: [action, object]\n" if task == "classification" else ""
+        base.write_text(f"extends: base/{task}.yaml\ndataset: tones\n{slots}")
+        line = arguments(folder / "run", encoder_folder, "fusion", "--layers", "[2, 4]")
+        where = line.index("--head")
+        line[where + 1] = {
+            "classification": "!name:hff_modules.heads.PooledClassifier {hidden_size: 8}",
+            "speaker": "!name:hff_modules.heads.SpeakerHead {hidden_size: 8, embedding_size: 6}",
+        }[task]
+        hparams, run_opts = load_config(line, base)
+        csv = folder / "all.csv"
+        if task == "classification":
+            train_classification(hparams, run_opts, tones, [csv], [csv], {"tones": csv})
+            return folder / "run"
+        for row in table[6:]:  # other speakers
+            row["spk_id"] = row["spk_id"].replace("s", "t")
+        write_manifest(folder / "train.csv", table[:6])
+        write_manifest(folder / "test.csv", table[6:])
+        pairs = [(a, b) for a in table[6:] for b in table[6:] if a["ID"] < b["ID"]]
+        trials = [f"{int(a['spk_id'] == b['spk_id'])} {a['ID']} {b['ID']}" for a, b in pairs]
+        listed = folder / "trials.txt"
+        listed.write_text("\n".join(trials) + "\n")
+        test, lists = folder / "test.csv", {"dev": listed, "tones": listed}
+        train = [folder / "train.csv"]
+        train_speaker(hparams, run_opts, tones, train, test, {"tones": test}, lists)
+        return folder / "run"
+
+    return run
+
+
+def test_speechbrain_s_own_encoder_classifier_opens_classifiers(utterance_run, tones, tmp_path):
+    folder, target = utterance_run("classification"), tmp_path / "model"
+    manifest = export(folder, target)
+    assert manifest["task"] == "classification"
+    model, signals = load_exported(target), read_tones(tones)
+    found = json.loads((folder / "test-tones.json").read_text())
+    for name, expected in found.items():
+        (result,) = model(signals[name][None])
+        assert {slot: one["label"] for slot, one in result.items()} == expected["found"]
+        assert all(0 < one["probability"] <= 1 for one in result.values())
+    wavs, wav_lens = batched(list(signals.values()))
+    states, lengths = model.states(wavs, wav_lens)
+    logits = model.outputs(states, lengths)
+    for slot in (None, "action", "object"):
+        opened = EncoderClassifier.from_hparams(source=str(target), overrides={"slot": slot})
+        log_probs, _, index, labels = opened.classify_batch(wavs, wav_lens)
+        torch.testing.assert_close(log_probs, logits[slot or "action"].log_softmax(-1))
+        assert labels == [found[name]["found"][slot or "action"] for name in signals]
+    *_, labels = opened.classify_file(str(tones / "u0.wav"))
+    assert labels == [found["u0"]["found"]["object"]]
+    with pytest.raises(ExportError, match="slot='colour': expected one of action, object"):
+        EncoderClassifier.from_hparams(source=str(target), overrides={"slot": "colour"})
+
+
+def test_speechbrain_s_own_speaker_recognition_opens_speaker_models(utterance_run, tones, tmp_path):
+    folder, target = utterance_run("speaker"), tmp_path / "model"
+    assert export(folder, target)["task"] == "speaker"
+    with safe_open(str(target / "trained.safetensors"), "pt") as file:
+        assert not any("classifier" in name for name in file.keys())
+    model, signals = load_exported(target), read_tones(tones)
+    opened = SpeakerRecognition.from_hparams(source=str(target))
+    scored = [line.split() for line in (folder / "test-tones.txt").read_text().splitlines()]
+    for _, first, second, expected, *_ in scored:
+        ours = [torch.tensor(model(signals[name][None])[0]) for name in (first, second)]
+        assert float(torch.cosine_similarity(*ours, dim=0)) == pytest.approx(
+            float(expected), abs=2e-4
+        )
+        score, _ = opened.verify_files(*(str(tones / f"{n}.wav") for n in (first, second)))
+        assert float(score) == pytest.approx(float(expected), abs=2e-4)
+    assert opened.encode_batch(*batched(list(signals.values()))).shape == (12, 1, 6)
+
+
+class FakeHub:
+    """A hub in a folder."""
+
+    def __init__(self, folder):
+        self.folder, self.asked = folder, []
+
+    def create_repo(self, name, private, exist_ok):
+        (self.folder / name).mkdir(parents=True, exist_ok=exist_ok)
+
+    def upload_folder(self, folder_path, repo_id):
+        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
+        return f"https://hub/{repo_id}"
+
+    def snapshot_download(self, name, revision=None, allow_patterns=None, **options):
+        self.asked.append((name, revision, allow_patterns))
+        if not (self.folder / name).is_dir():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("404: no such repository")
+        return str(self.folder / name)
+
+    def hf_hub_download(self, repo_id, filename, **options):
+        return str(self.folder / repo_id / filename)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    fake = FakeHub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.hf_hub_download)
+    return fake
+
+
+def test_a_model_goes_to_the_hub_and_comes_back(learned, tones, tmp_path, hub, capsys, monkeypatch):
+    folder, _, target = learned
+    line = [str(folder), str(tmp_path / "model"), "--push", "me/tones"]
+    with pytest.raises(ExportError, match="which others do not have; export it with --pack"):
+        main(line)
+    main([*line, "--pack", "--force", "--license", "mit"])
+    assert capsys.readouterr().out.endswith("https://hub/me/tones\n")
+    monkeypatch.chdir(tmp_path)
+    model = load_exported("me/tones", revision="v1")
+    name, revision, patterns = hub.asked[-1]
+    assert (name, revision) == ("me/tones", "v1") and "hff.json" in patterns
+    assert not any(pattern.endswith((".py", ".bin", ".pt", ".yaml")) for pattern in patterns)
+    expected = recognised(folder)
+    signal = read_tones(tones)["u1"]
+    assert model(signal[None])[0]["text"] == expected["u1"]
+    opened = EncoderASR.from_hparams(source="me/tones", savedir=str(tmp_path / "kept"))
+    assert " ".join(opened.transcribe_file(str(tones / "u1.wav")).split()) == expected["u1"]
+
+
+def test_a_hub_name_that_is_not_there_is_said_in_one_line(hub):
+    with pytest.raises(ExportError, match="me/nothing: .*hub does not give it .404") as error:
+        load_exported("me/nothing")
+    assert "\n" not in str(error.value)
+    for name in ("nowhere", "./no/where", "a/b/c"):
+        with pytest.raises(ExportError, match="no such folder"):
+            load_exported(name)
+
+
+def test_an_upload_that_fails_is_said_in_one_line(learned, tmp_path, hub, monkeypatch):
+    export(learned[0], tmp_path / "model", pack=True)
+
+    def refuse(name, private, exist_ok):
+        raise OSError("403: not yours\nand more")
+
+    monkeypatch.setattr(hub, "create_repo", refuse)
+    with pytest.raises(ExportError, match="me/tones: the hub did not take .*403: not yours.$"):
+        push(tmp_path / "model", "me/tones")
+
+
+def test_nothing_of_the_folder_is_executed_or_unpickled(learned, tmp_path, monkeypatch):
+    """A hostile folder: Python files and pickles lie in it, and its YAML runs code."""
+    shutil.copytree(learned[2], tmp_path / "model")
+    (tmp_path / "model" / "hyperparams.yaml").write_text("x: !apply:os.abort []\n")
+    (tmp_path / "model" / "custom.py").write_text("import os\nos.abort()\n")
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a pickle was read")
+
+    monkeypatch.setattr(pickle, "load", forbidden)
+    monkeypatch.setattr(pickle, "Unpickler", forbidden)
+    monkeypatch.setattr(torch, "load", forbidden)
+    assert load_exported(tmp_path / "model").task == "asr"
+    EncoderASR.from_hparams(source=str(learned[2]))
+
+
+def fusion_numbers(states, width, hidden, out):
+    """Closed formula for hierarchical fusion with LayerNorms and concat merges."""
+    entrance = states * (2 * width + width * hidden + hidden)
+    merges = (states - 1) * (4 * hidden + 2 * hidden * hidden + hidden)
+    return entrance + merges + hidden * out + out
+
+
+def test_fusion_and_adapter_models_of_a_base_shaped_encoder_are_small():
+    width, layers, rank = 768, 12, 32
+    fusion = fusion_numbers(3, width, 256, width)
+    assert fusion == sum(p.numel() for p in HierarchicalFusion(3, width, 256).parameters())
+    head = 30 * width + 30
+    tpa = layers * (2 * width * rank + width + rank)
+    lora = layers * 2 * 2 * width * 8
+    bitfit, norms = 101_376, 36_864
+    for numbers in (fusion + head, tpa + head, lora + head, bitfit + head, norms + head):
+        assert 4 * numbers < 9.9e6, numbers
+    assert 4 * (fusion + tpa // 4 + head) < 10e6  # adapters in the upper three layers, and fusion
+
+
+def test_a_real_file_of_a_base_shaped_encoder_is_below_ten_megabytes(tmp_path):
+    fusion = HierarchicalFusion(3, 768, 256)
+    head = LinearHead(768, 30)
+    tensors = {f"fusion.{k}": t for k, t in fusion.state_dict().items()}
+    write_tensors(tmp_path / "trained.safetensors", tensors | head.state_dict())
+    size = (tmp_path / "trained.safetensors").stat().st_size
+    assert 4 * fusion_numbers(3, 768, 256, 768) < size < 10e6

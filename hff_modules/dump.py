@@ -1,0 +1,354 @@
+"""Features of a data set on disk, for others: fused ones of an exported model, or chosen states.
+
+    python -m hff_modules.dump my_model data.csv features/                       # fused
+    python -m hff_modules.dump facebook/wav2vec2-base speech/ features/ --layers 3,6,9
+    python -m hff_modules.dump my_model speech/ features.h5 --states --dtype fp16
+
+One NumPy file for each utterance, or one HDF5 archive (needs h5py: the extra ``features``) if the
+target ends in ``.h5``. Each has an utterance's own frames and no padding: (frames, width), or
+(num_states, frames, width). ``features.json`` in the folder, or the archive's attribute
+``features``, says what they are. What is there is not computed again: a run that was stopped goes
+on with the same command.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy
+import torch
+from tqdm import tqdm
+
+from hff_modules.cli import run
+from hff_modules.data.audio import AudioError, audio_info, read_audio
+from hff_modules.data.manifest import read_rows
+from hff_modules.encoder import SSLEncoder
+from hff_modules.exported import MANIFEST, load_exported
+from hff_modules.files import write_atomically
+from hff_modules.layers import LayerSpec
+from hff_modules.recordings import (
+    STDIN,
+    Failure,
+    Recording,
+    batches_by_length,
+    find_recordings,
+)
+
+ABOUT = "features.json"
+DTYPES = {"fp32": numpy.float32, "fp16": numpy.float16}
+Compute = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class DumpError(ValueError):
+    """Features that cannot be written as asked."""
+
+
+def features_of(
+    source: str, states: bool = False, layers: LayerSpec = "all", **options: Any
+) -> tuple[Compute, dict[str, Any], int]:
+    """Give what computes features, and what they are.
+
+    Arguments
+    ---------
+    source : str
+        Exported model (a folder, or a name on the hub), or an encoder as :class:`SSLEncoder` takes
+        it.
+    states : bool
+        Of an exported model, its states instead of the fused features.
+    layers : str | int | Sequence[int]
+        Of an encoder.
+    **options
+        ``device``; ``base`` and ``revision`` as for :func:`load_exported`; ``precision``.
+
+    Returns
+    -------
+    tuple[Callable, dict[str, Any], int]
+        A function from waveforms (batch, samples) and relative lengths to features (batch, ...,
+        frames, width) and valid frames; a description, JSON-able; samples that give a frame.
+    """
+    device = options.get("device", "cpu")
+    if _is_exported(source):
+        if layers != "all":
+            raise DumpError(f"layers={layers!r}: the layers of an exported model are its own")
+        model = load_exported(
+            source, device, base=options.get("base"), revision=options.get("revision")
+        )
+        encoder, chosen = model.encoder, model.layers
+        what = "states" if states else "fused"
+        about = {"model": model.manifest["method"], "task": model.task}
+
+        def compute(wavs, wav_lens):
+            found, lengths = model.states(wavs.to(device), wav_lens.to(device))
+            return (found.transpose(0, 1) if states else model.features(found, lengths)), lengths
+
+    else:
+        encoder = SSLEncoder(
+            source,
+            layers=layers,
+            precision=options.get("precision", "fp32"),
+            revision=options.get("revision"),
+        )
+        encoder = encoder.to(device).eval()
+        chosen, what, about = encoder.layers, "states", {}
+
+        @torch.no_grad()
+        def compute(wavs, wav_lens):
+            found, lengths = encoder(wavs.to(device), wav_lens.to(device))
+            return found.transpose(0, 1), lengths
+
+    manifest = encoder.manifest()
+    about |= {
+        "what": what,
+        "layers": chosen,
+        "frame_rate": encoder.frame_rate,
+        "encoder": {k: manifest[k] for k in ("source", "revision", "fingerprint")},
+        "axes": ["frames", "width"] if what == "fused" else ["num_states", "frames", "width"],
+    }
+    return compute, about, encoder.minimum_samples
+
+
+def _is_exported(source: str) -> bool:
+    if Path(source).is_dir():
+        return (Path(source) / MANIFEST).is_file()
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        return False  # builtin, logmel, or a folder that is not there
+    try:  # a name on the hub may be of either kind
+        return huggingface_hub.file_exists(source, MANIFEST)
+    except (OSError, ValueError):  # said by whoever loads it
+        return False
+
+
+class Folder:
+    """One NumPy file for each utterance, written whole or not at all."""
+
+    def __init__(self, path: Path, about: dict[str, Any]):
+        self.path, file = path, path / ABOUT
+        if file.is_file():
+            _check_same(file, json.loads(file.read_text(encoding="utf-8")), about)
+        elif path.is_dir() and any(path.iterdir()):
+            raise DumpError(f"{path} is not empty and has no {ABOUT}; give another folder")
+        write_atomically(file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.npy"
+
+    def __contains__(self, name: str) -> bool:
+        return self._file(name).is_file()
+
+    def write(self, name: str, features: numpy.ndarray) -> None:
+        """Write one utterance's."""
+        content = io.BytesIO()
+        numpy.save(content, features)
+        write_atomically(self._file(name), content.getvalue())
+
+    def __enter__(self) -> "Folder":
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+
+class Archive:
+    """One HDF5 file with a data set for each utterance; under its name when all of it is there.
+
+    While it is written it is called ``<name>.unfinished``, from which the next run goes on.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any]):
+        try:
+            import h5py
+        except ImportError:
+            raise DumpError(
+                f"{path}: HDF5 needs h5py; pip install 'hff-modules[features]', or give a folder"
+            ) from None
+        self.path, self.partial = path, path.with_name(f"{path.name}.unfinished")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            os.replace(path, self.partial)
+        try:
+            self.file = h5py.File(self.partial, "a")
+            written = self.file.attrs.get("features")
+        except OSError:  # stopped in the middle of a write
+            self.partial.unlink()
+            self.file, written = h5py.File(self.partial, "w"), None
+        try:
+            if written is not None:
+                _check_same(path, json.loads(written), about)
+        except DumpError:
+            self.__exit__(None, None, None)
+            raise
+        self.file.attrs["features"] = json.dumps(about, ensure_ascii=False)
+        self.file.pop(self._unfinished, None)
+
+    _unfinished = ".unfinished"
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file
+
+    def write(self, name: str, features: numpy.ndarray) -> None:
+        """Write one utterance's."""
+        self.file.create_dataset(self._unfinished, data=features)
+        self.file.move(self._unfinished, name)
+        self.file.flush()
+
+    def __enter__(self) -> "Archive":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.file.close()
+        if kind is None:
+            os.replace(self.partial, self.path)
+
+
+def _check_same(path: Path, written: dict[str, Any], about: dict[str, Any]) -> None:
+    differing = [key for key in {**about, **written} if written.get(key) != about.get(key)]
+    if differing:
+        key = differing[0]
+        raise DumpError(
+            f"{path} holds other features: {key} is {written.get(key)!r} there and "
+            f"{about.get(key)!r} now; give another target"
+        )
+
+
+def dump(
+    source: str,
+    data: str,
+    target: str | Path,
+    data_root: str | Path | None = None,
+    dtype: str = "fp32",
+    batch_seconds: float = 60.0,
+    progress: bool = True,
+    **options: Any,
+) -> list[Failure]:
+    """Write the features of a data set.
+
+    Arguments
+    ---------
+    source, **options
+        As for :func:`features_of`.
+    data : str
+        Manifest (``.csv``), whose IDs name the utterances; or a folder, file or pattern: then they
+        are named by their path without its ending.
+    target : str | Path
+        Folder, or a file that ends in ``.h5`` or ``.hdf5``.
+    data_root : str | Path, optional
+        What ``$data_root`` stands for in the manifest; its own folder by default.
+    dtype : str
+        "fp32" or "fp16".
+    batch_seconds : float
+        Longest batch, padding included.
+    progress : bool
+        Show a bar, on standard error if that is a terminal.
+
+    Returns
+    -------
+    list[Failure]
+        What could not be read; each has been said on standard error.
+    """
+    if dtype not in DTYPES:
+        raise DumpError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    found = list(_utterances(data, data_root))
+    failures = [one for one in found if isinstance(one, Failure)]
+    found = [one for one in found if isinstance(one, Recording)]
+    _check_names(found)
+    compute, about, minimum = features_of(source, **options)
+    target = Path(target)
+    kind = Archive if target.suffix in (".h5", ".hdf5") else Folder
+    hidden = None if progress else True  # None: a bar in a terminal, nothing in a log file
+    with kind(target, about | {"dtype": dtype}) as place:
+        todo = [one for one in found if str(one.place) not in place]
+        seconds = round(sum(one.seconds for one in todo))
+        with tqdm(total=seconds, unit=" s", desc="features", disable=hidden) as bar:
+            for batch in batches_by_length(todo, batch_seconds):
+                signals = {}
+                for one in batch:
+                    try:
+                        signals[one] = read_audio(one.path)
+                    except AudioError as error:
+                        failures.append(Failure(one.name, str(error)))
+                for one, features in _computed(compute, signals, minimum):
+                    place.write(str(one.place), _as(dtype, features))
+                bar.update(round(sum(one.seconds for one in batch)))
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return failures
+
+
+def _utterances(data: str, data_root: str | Path | None) -> Iterator[Recording | Failure]:
+    if data == STDIN:
+        raise DumpError("data: expected a manifest, a folder, a file or a pattern, not -")
+    if not data.endswith(".csv"):
+        yield from find_recordings([data])
+        return
+    root = Path(data).parent if data_root is None else data_root
+    for name, row in read_rows(data, root, columns=("ID", "duration", "wav")).items():
+        try:
+            yield Recording(name, Path(row["wav"]), Path(name), audio_info(row["wav"]).duration)
+        except AudioError as error:
+            yield Failure(name, str(error))
+
+
+def _check_names(recordings: Sequence[Recording]) -> None:
+    seen: dict[Path, Recording] = {}
+    for one in recordings:
+        if one.place in seen:
+            raise DumpError(
+                f"{seen[one.place].name} and {one.name} would both be called {one.place}; give a "
+                "manifest with an ID for each"
+            )
+        seen[one.place] = one
+
+
+def _as(dtype: str, features: numpy.ndarray) -> numpy.ndarray:
+    if dtype == "fp16":  # an overflow would come back as infinity
+        features = features.clip(-65504, 65504)
+    return features.astype(DTYPES[dtype])
+
+
+def _computed(
+    compute: Compute, signals: dict[Recording, torch.Tensor], minimum: int
+) -> Iterator[tuple[Recording, numpy.ndarray]]:
+    if not signals:
+        return
+    padded = [_filled_up(signal, minimum) for signal in signals.values()]
+    lengths = torch.tensor([len(signal) for signal in padded])
+    wavs = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True)
+    features, frames = compute(wavs, lengths / lengths.max())
+    for one, row, count in zip(signals, features.cpu(), frames.tolist(), strict=True):
+        yield one, row[..., :count, :].numpy()
+
+
+def _filled_up(signal: torch.Tensor, minimum: int) -> torch.Tensor:
+    return torch.nn.functional.pad(signal, (0, max(0, minimum - len(signal))))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m hff_modules.dump", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("source", help="exported model, or an encoder: a folder or hub name")
+    parser.add_argument("data", help="manifest (.csv), folder, file or pattern")
+    parser.add_argument("target", help="folder, or a file that ends in .h5")
+    parser.add_argument("--states", action="store_true", help="a model's states, not fused")
+    parser.add_argument("--layers", default="all", help="of an encoder, such as 3,6,9 or last:4")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--data-root", help="what $data_root stands for in the manifest")
+    parser.add_argument("--batch-seconds", type=float, default=60.0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--encoder", dest="base", help="another place of a model's base encoder")
+    parser.add_argument("--revision", help="on the hub")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    options = vars(parser.parse_args(argv))
+    options["progress"] = not options.pop("quiet")
+    if dump(**options):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)

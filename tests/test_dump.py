@@ -1,0 +1,182 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy
+import pytest
+import soundfile
+import torch
+
+from hff_modules import SSLEncoder, dump
+from hff_modules.data.manifest import write_manifest
+from hff_modules.dump import DumpError
+from hff_modules.exported import load_exported
+from tests.test_export import learned, read_tones, tones, trained  # noqa: F401
+
+
+def read_folder(folder):
+    return {
+        str(path.relative_to(folder).with_suffix("")): numpy.load(path)
+        for path in sorted(folder.rglob("*.npy"))
+    }
+
+
+def read_archive(path):
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, thing: found.update({name: thing[()]} if hasattr(thing, "shape") else {})
+        )
+    return found
+
+
+def test_states_are_those_of_the_encoder_with_true_lengths(encoder_folder, tones, tmp_path):  # noqa: F811
+    csv = str(tones / "train.csv")
+    dump.dump(encoder_folder, csv, tmp_path / "out", layers="1,3", batch_seconds=2)
+    found, encoder = read_folder(tmp_path / "out"), SSLEncoder(encoder_folder, layers=[1, 3]).eval()
+    signals = read_tones(tones)
+    assert found.keys() == signals.keys()
+    for name, signal in signals.items():
+        expected, lengths = encoder(signal[None])
+        assert found[name].shape == (2, int(lengths[0]), 24)
+        numpy.testing.assert_allclose(found[name], expected[:, 0].detach().numpy(), atol=1e-4)
+    about = json.loads((tmp_path / "out" / "features.json").read_text())
+    assert about["layers"] == [1, 3] and about["axes"] == ["num_states", "frames", "width"]
+    assert about["encoder"]["fingerprint"] == encoder.fingerprint and about["frame_rate"] == 50
+
+
+def test_fused_features_of_a_model_are_what_its_head_is_given(learned, tones, tmp_path):  # noqa: F811
+    target = str(learned[2])
+    model, signals = load_exported(target), read_tones(tones)
+    dump.dump(target, str(tones), tmp_path / "fused")
+    dump.dump(target, str(tones), tmp_path / "states", states=True)
+    fused, states = read_folder(tmp_path / "fused"), read_folder(tmp_path / "states")
+    assert fused.keys() == states.keys() == signals.keys()
+    for name, signal in signals.items():
+        expected, lengths = model.states(signal[None])
+        expected_states = expected[:, 0].detach().numpy()
+        numpy.testing.assert_allclose(states[name], expected_states, rtol=1e-3, atol=1e-2)
+        features = model.features(expected, lengths)[0].numpy()
+        numpy.testing.assert_allclose(fused[name], features, rtol=1e-3, atol=1e-2)
+
+
+def test_an_archive_holds_the_same_as_the_files(encoder_folder, tones, tmp_path):  # noqa: F811
+    for target in ("out", "out.h5"):
+        dump.dump(encoder_folder, str(tones), tmp_path / target, layers="4", dtype="fp16")
+    files, archive = read_folder(tmp_path / "out"), read_archive(tmp_path / "out.h5")
+    assert files.keys() == archive.keys()
+    assert all(archive[name].dtype == numpy.float16 for name in archive)
+    assert all(numpy.array_equal(files[name], archive[name]) for name in files)
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert json.loads(file.attrs["features"])["layers"] == [4]
+
+
+@pytest.mark.parametrize("target", ["out", "out.h5"])
+def test_a_stopped_run_goes_on_and_computes_nothing_twice(
+    encoder_folder,
+    tones,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    target,
+):
+    computed, compute = [], dump._computed
+
+    def stopped(function, signals, minimum):
+        for one, features in compute(function, signals, minimum):
+            if len(computed) == 5:
+                raise KeyboardInterrupt
+            computed.append(one.name)
+            yield one, features
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dump, "_computed", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            dump.dump(encoder_folder, str(tones), tmp_path / target, layers="2", batch_seconds=1)
+    assert not (tmp_path / "out.h5").exists()
+
+    def counted(function, signals, minimum):
+        for one, features in compute(function, signals, minimum):
+            computed.append(one.name)
+            yield one, features
+
+    monkeypatch.setattr(dump, "_computed", counted)
+    dump.dump(encoder_folder, str(tones), tmp_path / target, layers="2", batch_seconds=1)
+    assert len(computed) == len(set(computed)) == 12
+    dump.dump(encoder_folder, str(tones), tmp_path / target, layers="2")
+    assert len(computed) == 12
+    read = read_archive if target.endswith("h5") else read_folder
+    assert len(read(tmp_path / target)) == 12
+    with pytest.raises(DumpError, match=r"other features: layers is \[2\] there and \[3\] now"):
+        dump.dump(encoder_folder, str(tones), tmp_path / target, layers="3")
+    assert len(read(tmp_path / target)) == 12
+
+
+def test_a_damaged_unfinished_archive_is_begun_anew(encoder_folder, tones, tmp_path):  # noqa: F811
+    (tmp_path / "out.h5.unfinished").write_bytes(b"half a file")
+    dump.dump(encoder_folder, str(tones), tmp_path / "out.h5", layers="2")
+    assert len(read_archive(tmp_path / "out.h5")) == 12
+
+
+def test_unreadable_recordings_are_named_and_the_others_are_done(
+    encoder_folder,
+    tones,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    (tmp_path / "text.wav").write_text("no audio")
+    soundfile.write(tmp_path / "short.wav", numpy.full(20, 0.1), 16000)
+    rows = [("good", tones / "u0.wav"), ("gone", tmp_path / "gone.wav")]
+    rows += [("text", tmp_path / "text.wav"), ("short", tmp_path / "short.wav")]
+    write_manifest(
+        tmp_path / "data.csv",
+        [{"ID": name, "duration": 1.0, "wav": str(path)} for name, path in rows],
+        ["ID", "duration", "wav"],
+    )
+    line = [encoder_folder, str(tmp_path / "data.csv"), str(tmp_path / "out"), "--layers", "2"]
+    with pytest.raises(SystemExit) as stopped:
+        dump.main(line)
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert "gone.wav: no such audio file" in said and "text.wav: not a readable" in said
+    found = read_folder(tmp_path / "out")
+    assert found.keys() == {"good", "short"} and found["short"].shape == (1, 1, 24)
+
+
+def test_what_would_overwrite_or_mix_is_refused(encoder_folder, learned, tmp_path):  # noqa: F811
+    for name in ("a.wav", "a.flac"):
+        soundfile.write(tmp_path / name, numpy.zeros(1600), 16000)
+    with pytest.raises(DumpError, match="a.flac and .*a.wav would both be called a"):
+        dump.dump(encoder_folder, str(tmp_path), tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(DumpError, match="mine is not empty and has no features.json"):
+        dump.dump(encoder_folder, str(tmp_path / "a.wav"), tmp_path / "mine")
+    with pytest.raises(DumpError, match="layers='2': the layers of an exported model"):
+        dump.dump(str(learned[2]), str(tmp_path / "a.wav"), tmp_path / "out", layers="2")
+    with pytest.raises(DumpError, match="not -"):
+        dump.dump(encoder_folder, "-", tmp_path / "out")
+
+
+def test_without_h5py_an_archive_is_refused_with_the_way_to_get_it(tmp_path):
+    code = (
+        "import sys; sys.modules['h5py'] = None\n"
+        "from hff_modules.dump import Archive\n"
+        "from pathlib import Path\n"
+        "try: Archive(Path(sys.argv[1]), {})\n"
+        "except ValueError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.h5")],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+    )
+    assert "pip install 'hff-modules[features]'" in done.stdout
+
+
+def test_half_precision_never_turns_into_infinity():
+    big = numpy.array([1e9, -1e9, 1.5], dtype=numpy.float32)
+    assert numpy.isfinite(dump._as("fp16", big)).all() and dump._as("fp16", big)[2] == 1.5
+    assert torch.finfo(torch.float16).max == dump._as("fp16", big)[0]
