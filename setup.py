@@ -4,6 +4,11 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+PLOTS = ["matplotlib>=3.8"]
+FEATURES = ["h5py>=3.10"]  # one archive of features
+SERVICE = ["fastapi>=0.115", "uvicorn>=0.30"]
+PEERS = ["peft>=0.18"]  # what we compare with
+
 setup(
     name="hff-modules",
     version="0.1.0",
@@ -15,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hff_modules", "hff_modules.*"]),
-    package_data={"hff_modules": ["data/*.txt", "pretrained/*/*"]},
+    package_data={"hff_modules": ["data/*.txt", "pretrained/*/*", "service.html"]},
     python_requires=">=3.11",
     install_requires=[
         # torchaudio ends at 2.11 and loads only beside the same build of torch.
@@ -27,13 +32,18 @@ setup(
         "sentencepiece>=0.2",
         "jiwer>=3.0",
         "safetensors>=0.4",
+        "huggingface_hub>=0.34",
+        "numpy",
+        "tqdm",
         "soundfile>=0.12",
         "espeakng-loader>=0.2.4",
         "tensorboard>=2.15",
     ],
     extras_require={
-        "plots": ["matplotlib>=3.8"],
-        "peers": ["peft>=0.18"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "peft>=0.18", "matplotlib>=3.8"],
+        "plots": PLOTS,
+        "features": FEATURES,
+        "service": SERVICE,
+        "peers": PEERS,
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9"] + PLOTS + FEATURES + SERVICE + PEERS,
     },
 )
