@@ -181,6 +181,15 @@ def test_frozen_batch_norm_keeps_its_statistics_beside_trained_weights(make_enco
     assert encoder.horizon == 2 and layer.training and torch.equal(norm.running_mean, mean)
 
 
+def test_dropout_is_on_only_where_the_encoders_own_weights_are_trained(make_encoder_folder):
+    encoder = SSLEncoder(make_encoder_folder("wav2vec2-base"), layers="all")
+    adapters.attach(encoder, "tpa", bottleneck=4, layers=[2, 3, 4])
+    encoder._family.layers[3].feed_forward.requires_grad_(True)
+    encoder.train()
+    assert encoder.horizon == 1 and encoder.adapters.training
+    assert [layer.training for layer in encoder._family.layers] == [False, False, False, True]
+
+
 @every_family
 def test_pure_fusion_saves_only_what_fusion_and_head_need(name, make_encoder_folder):
     def saved_bytes(states):

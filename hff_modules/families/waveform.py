@@ -35,11 +35,18 @@ class MaskedGroupNorm(nn.GroupNorm):
         if self.padding.num_samples is None:
             return super().forward(hidden)
         lengths = (self.padding.num_samples - self.kernel) // self.stride + 1
-        rows = []
+        if torch.is_grad_enabled():
+            rows = []
+            for row, length in zip(hidden.split(1), lengths.tolist(), strict=True):
+                row = super().forward(row[..., :length])
+                rows.append(nn.functional.pad(row, (0, hidden.shape[-1] - length)))
+            return torch.cat(rows)
+        # In place: here the samples are hardly reduced, and a second copy of all utterances would
+        # be the highest peak of memory in a frozen encoder.
         for row, length in zip(hidden.split(1), lengths.tolist(), strict=True):
-            row = super().forward(row[..., :length])
-            rows.append(nn.functional.pad(row, (0, hidden.shape[-1] - length)))
-        return torch.cat(rows)
+            row[..., :length] = super().forward(row[..., :length])
+            row[..., length:] = 0
+        return hidden
 
 
 class WaveformFamily(Family):
