@@ -342,7 +342,8 @@ def make_codes(hparams):
     """Writes codes.npy and targets.json for all prepared frames, unless they are there.
 
     `objective` is "best_rq" (random projections), "cepstra" (clusters of as many cepstral views as
-    `codebooks` asks, at most three) or "states" (of the teacher's layers `teacher_layers`).
+    `codebooks` asks, at most three), "states" (of the teacher's layers `teacher_layers`) or
+    "cepstra+states", whose codebooks are those of both.
     """
     folder = Path(hparams["output_folder"])
     if (folder / "targets.json").exists():
@@ -352,23 +353,28 @@ def make_codes(hparams):
     books, size, objective = hparams["codebooks"], hparams["codes"], hparams["objective"]
     if objective == "best_rq":
         codes = targets.random_projection(features, books, size, seed=hparams["seed"])
-    elif objective == "cepstra":
-        views = targets.cepstral_views(features, rows)
-        if books > len(views):
-            raise ValueError(f"codebooks: there are {len(views)} cepstral views, not {books}")
-        codes = targets.cluster(views[:books], size)
-    elif objective == "states":
-        layers = hparams["teacher_layers"]
-        if books != len(layers):
-            raise ValueError(f"codebooks={books} but teacher_layers={layers}: one for each layer")
-        path = folder / "states.f16"
-        states = targets.states_of(
-            hparams["teacher"], features, rows, layers, path, hparams["workers"]
-        )
-        codes = targets.cluster(states, size)
-        path.unlink()
+    elif set(objective.split("+")) <= {"cepstra", "states"}:
+        kinds, views, path = objective.split("+"), [], folder / "states.f16"
+        layers = hparams["teacher_layers"] or [] if "states" in kinds else []
+        if "cepstra" in kinds:
+            views = targets.cepstral_views(features, rows)[: max(0, books - len(layers))]
+        if books != len(views) + len(layers):
+            raise ValueError(
+                f"codebooks={books}: with objective={objective} it is one for each of "
+                f"teacher_layers={layers}, and one for each cepstral view, at most three"
+            )
+        if layers:
+            views += list(
+                targets.states_of(
+                    hparams["teacher"], features, rows, layers, path, hparams["workers"]
+                )
+            )
+        codes = targets.cluster(views, size)
+        path.unlink(missing_ok=True)
     else:
-        raise ValueError(f"objective={objective!r}: expected best_rq, cepstra or states")
+        raise ValueError(
+            f"objective={objective!r}: expected best_rq, cepstra, states or cepstra+states"
+        )
     report = targets.usage(codes, size)
     for book, use in enumerate(report):
         logger.info("codebook %d: %s", book, use)
@@ -394,7 +400,8 @@ def build_optimizers(pretrainer, weight_decay=0.01, betas=(0.9, 0.98)):
     dict
         By the name that `lr_<name>` has in the hyper-parameters.
     """
+    common = {"lr": 1e-3, "betas": betas, "weight_decay": weight_decay, "fused": True}
     return {
-        name: torch.optim.AdamW(part.parameters(), lr=1e-3, betas=betas, weight_decay=weight_decay)
+        name: torch.optim.AdamW(part.parameters(), **common)
         for name, part in (("encoder", pretrainer.encoder), ("head", pretrainer.head))
     }
