@@ -38,9 +38,9 @@ rounds: {rounds}.
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}
 
-Loss and accuracy are at masked frames. A round on cepstra predicts clusters of views of each frame;
-a later one goes on with the weights of the round before and predicts clusters of that encoder's
-own states. Where it has more blocks, fresh ones, at first the identity, follow each trained one.
+Loss and accuracy are at masked frames. Clusters of cepstra are of views of each frame, clusters of
+states are of the encoder's of the round before, with whose weights a round goes on. Where it has
+more blocks, fresh ones, at first the identity, follow each trained one.
 Losses of different targets do not compare. `training.json` has all settings and curves,
 `curves.png` shows them.
 
@@ -114,7 +114,8 @@ def publish(folder, rounds, data_root, licences, cores):
         last, targets = report["history"][-1], report["targets"]
         layers = report["config"].get("teacher_layers")
         what = f"{len(targets['codebooks'])} × {report['config']['codes']} clusters of "
-        what += "cepstra" if targets["objective"] == "cepstra" else f"states after blocks {layers}"
+        parts = {"cepstra": "cepstra", "states": f"states after blocks {layers}"}
+        what += " and of ".join(parts[part] for part in targets["objective"].split("+"))
         table.append(
             f"| {number} | {what} | {report['config']['num_layers']} | {last['steps']} | "
             f"{last['hours']:.1f} | {last['seconds']:.0f} | {last['valid']['masked_loss']:.2f} | "
