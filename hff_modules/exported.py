@@ -89,7 +89,7 @@ def load_exported(
     manifest = read_manifest(folder)
     if encoder is not None:
         return Exported(folder, manifest, encoder, name, shared=True)
-    return Exported(folder, manifest, _base_encoder(folder, manifest, base), name).to(device)
+    return Exported(folder, manifest, base_encoder(folder, manifest, base), name).to(device)
 
 
 def find_folder(source: str | Path, revision: str | None = None, **options) -> Path:
@@ -457,7 +457,23 @@ def _switch(encoder: SSLEncoder, wanted: Mapping[str, bool]) -> None:
             encoder.adapters[name].set_enabled(on)
 
 
-def _base_encoder(folder: Path, manifest: Mapping[str, Any], base: str | None) -> SSLEncoder:
+def base_encoder(folder: Path, manifest: Mapping[str, Any], base: str | None) -> SSLEncoder:
+    """Load the encoder that an export was made on, without its adapters, with its layers.
+
+    Arguments
+    ---------
+    folder : Path
+        The export's, for a packed encoder and for messages.
+    manifest : Mapping[str, Any]
+        Its ``hff.json``; the encoder selects the manifest's ``layers``.
+    base : str, optional
+        Where the encoder lies now; by default where the manifest says.
+
+    Raises
+    ------
+    ExportError
+        It cannot be loaded from there.
+    """
     made_on = manifest["encoder"]
     revision = made_on["revision"] if base is None else None
     if base is None and made_on.get("packed"):

@@ -17,7 +17,7 @@ from hff_modules.encoder import SSLEncoder
 from hff_modules.exported import (
     Exported,
     ExportError,
-    _base_encoder,
+    base_encoder,
     describe_encoder,
     find_folder,
     load_exported,
@@ -227,7 +227,7 @@ def _shared_encoder(folders: Mapping[str, Path], manifests: Mapping[str, dict]) 
                 f"{one!r} ({folders[one]}) was made with the encoder in {precision}, {other!r} "
                 f"({folders[other]}) in {manifest['encoder']['precision']}; give the encoder to use"
             )
-    return _base_encoder(folders[highest], {**manifests[highest], "layers": layers}, None)
+    return base_encoder(folders[highest], {**manifests[highest], "layers": layers}, None)
 
 
 def _check_base(
