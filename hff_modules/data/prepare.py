@@ -95,7 +95,7 @@ def read_table(
         A column is not there, a line is too short, or the file is not UTF-8.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel begins with a BOM
             reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting)
             header = reader.fieldnames or []
             absent = [column for column in columns if column not in header]
@@ -140,7 +140,11 @@ def read_durations(paths: Mapping[str, Path]) -> tuple[dict[str, float], list[st
 
 
 def judge(
-    part: str, problems: Mapping[str, Sequence[str]], usable: int, max_bad_share: float
+    part: str,
+    problems: Mapping[str, Sequence[str]],
+    usable: int,
+    max_bad_share: float,
+    key: str = "max_bad_share",
 ) -> None:
     """Name in a warning what cannot be used; refuse a part with too much of it.
 
@@ -154,6 +158,8 @@ def judge(
         The others.
     max_bad_share : float
         Share of unusable utterances that is an error.
+    key : str
+        What the user calls that share.
     """
     bad = sum(map(len, problems.values()))
     if bad == 0:
@@ -167,8 +173,7 @@ def judge(
     message = f"{part}: {bad} of {bad + usable} utterances cannot be used: {report}"
     if usable == 0 or share > max_bad_share:
         raise ValueError(
-            f"{message}. That is {share:.1%}; max_bad_share={max_bad_share:g} allows "
-            f"{max_bad_share:.1%}"
+            f"{message}. That is {share:.1%}; {key}={max_bad_share:g} allows {max_bad_share:.1%}"
         )
     logger.warning("%s. They are left out.", message)
 
@@ -179,6 +184,7 @@ def write_parts(
     parts: Mapping[str, Sequence[Mapping[str, str]]],
     labels: Sequence[str] = (),
     max_bad_share: float = 0.02,
+    key: str = "max_bad_share",
 ) -> dict[str, Path]:
     """Write one manifest per part, once the parts are known to share no speaker.
 
@@ -196,6 +202,8 @@ def write_parts(
         Columns besides these.
     max_bad_share : float
         Share of a part that may be unreadable or absent; named in a warning, more is an error.
+    key : str
+        What the user calls that share.
 
     Returns
     -------
@@ -221,9 +229,8 @@ def write_parts(
     for part, path in paths.items():
         audio = {row["ID"]: data_folder / row["wav"] for row in rows[part]}
         durations, unreadable = read_durations(audio)
-        judge(
-            part, {"absent, unreadable or empty audio": unreadable}, len(durations), max_bad_share
-        )
+        bad = {"absent, unreadable or empty audio": unreadable}
+        judge(part, bad, len(durations), max_bad_share, key)
         table = [
             {**row, "duration": durations[row["ID"]], "wav": f"$data_root/{row['wav']}"}
             for row in rows[part]
@@ -281,3 +288,32 @@ def at_most(rows: Sequence[dict], column: str, limit: int | None, seed: int) -> 
         if counts[row[column]] <= limit:
             kept.add(row["ID"])
     return [row for row in rows if row["ID"] in kept]
+
+
+def choose_subset(rows: Sequence[dict], hours: float) -> list[dict]:
+    """About ``hours`` hours of ``rows``: one utterance of each speaker in turn, without chance.
+
+    Arguments
+    ---------
+    rows : sequence of dict
+        Rows with ``ID``, ``spk_id`` and ``duration`` in seconds.
+    hours : float
+        Hours to reach; the last utterance may go over it.
+
+    Returns
+    -------
+    list of dict
+        In the order of ``rows``; all of them when there is no more than asked for.
+    """
+    queues: dict[str, list[dict]] = {}
+    # By the number within the chapter first: so a speaker's chapters take turns, too.
+    for row in sorted(rows, key=lambda row: (row["ID"].rpartition("-")[2], row["ID"])):
+        queues.setdefault(row["spk_id"], []).append(row)
+    chosen, seconds, position = set(), 0.0, 0
+    while seconds < 3600 * hours and len(chosen) < len(rows):
+        for queue in queues.values():
+            if position < len(queue) and seconds < 3600 * hours:
+                chosen.add(queue[position]["ID"])
+                seconds += queue[position]["duration"]
+        position += 1
+    return [row for row in rows if row["ID"] in chosen]

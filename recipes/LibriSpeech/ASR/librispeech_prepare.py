@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hff_modules.data.manifest import summarize_manifest, write_manifest
-from hff_modules.data.prepare import ENDINGS, judge, listing, read_durations
+from hff_modules.data.prepare import ENDINGS, choose_subset, judge, listing, read_durations
 
 logger = logging.getLogger(__name__)
 
@@ -140,35 +140,6 @@ def _rows(data_folder: Path, split: str, hours: float | None, max_bad_share: flo
         for name, duration in sorted(infos.items())
     ]
     return choose_subset(rows, hours) if hours else rows
-
-
-def choose_subset(rows: Sequence[dict], hours: float) -> list[dict]:
-    """About ``hours`` hours of ``rows``: one utterance of each speaker in turn, without chance.
-
-    Arguments
-    ---------
-    rows : sequence of dict
-        Rows with ``ID``, ``spk_id`` and ``duration`` in seconds.
-    hours : float
-        Hours to reach; the last utterance may go over it.
-
-    Returns
-    -------
-    list of dict
-        In the order of ``rows``; all of them when there is no more than asked for.
-    """
-    queues: dict[str, list[dict]] = {}
-    # By the number within the chapter first: so a speaker's chapters take turns, too.
-    for row in sorted(rows, key=lambda row: (row["ID"].rpartition("-")[2], row["ID"])):
-        queues.setdefault(row["spk_id"], []).append(row)
-    chosen, seconds, position = set(), 0.0, 0
-    while seconds < 3600 * hours and len(chosen) < len(rows):
-        for queue in queues.values():
-            if position < len(queue) and seconds < 3600 * hours:
-                chosen.add(queue[position]["ID"])
-                seconds += queue[position]["duration"]
-        position += 1
-    return [row for row in rows if row["ID"] in chosen]
 
 
 def _split_folders(data_folder: Path, split: str) -> tuple[list[Path], bool]:

@@ -1,0 +1,282 @@
+"""Sentences as people write them -> text to recognise, by the rules of their writing system.
+
+Unicode: composition (UAX 15), joiners in Indic and Arabic scripts (chapters 9, 12 and 23 of the
+standard), chillu letters of Malayalam (12.9).
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from speechbrain.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+WITHOUT_SPACES = ("HAN AND KANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+MAIN_SHARE = 0.05  # of a language's letters: a script with fewer is no script of the language
+DOTLESS = ("tr", "az", "crh", "gag")  # languages whose lower case of I is a letter of its own
+
+APOSTROPHES = "'\u2019\u2018\u201b\u02bc\u00b4`\u2032\u05f3"
+ZWNJ, ZWJ = "\u200c", "\u200d"
+TATWEEL = "\u0640"
+INSIDE = "\u055b\u055c\u055e"  # Armenian writes its emphasis and question marks inside words
+HARAKAT = re.compile("[\u064b-\u0652\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed]")
+# A consonant, a virama and a joiner are the old way to write a chillu; NFC leaves them apart.
+CHILLUS = {"ണ": "ൺ", "ന": "ൻ", "ര": "ർ", "ല": "ൽ", "ള": "ൾ", "ക": "ൿ"}
+OLD_CHILLU = re.compile(f"([{''.join(CHILLUS)}])\u0d4d{ZWJ}")
+READ_OUT = frozenset("%&@#+=§°‰№")  # and numbers, and signs of money
+
+_SCRIPTS = {
+    name: "HAN AND KANA"
+    for name in ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC", "BOPOMOFO")
+}
+NO_LETTERS = "no letters"
+NUMBERS = "numbers or signs that are read out"
+OTHER_SCRIPT = "letters of another script"
+
+
+def script_of(letter: str) -> str:
+    """The script of a letter, by its name in Unicode.
+
+    Example
+    -------
+    >>> [script_of(letter) for letter in "aжക漢カ"]
+    ['LATIN', 'CYRILLIC', 'MALAYALAM', 'HAN AND KANA', 'HAN AND KANA']
+    """
+    name = unicodedata.name(letter, "UNNAMED").split()[0]
+    return _SCRIPTS.get(name, name)
+
+
+def _is_letter(character: str) -> bool:
+    return unicodedata.category(character)[0] == "L" or character == "〇"  # which is a number
+
+
+def _is_read_out(character: str) -> bool:
+    kind = unicodedata.category(character)
+    return character in READ_OUT or kind == "Sc" or (kind[0] == "N" and character != "〇")
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a language is written; made by :func:`writing_of`.
+
+    Arguments
+    ---------
+    scripts : tuple[str, ...]
+        Its scripts, the one of most letters first.
+    dotless : bool
+        I and ı are one letter, İ and i another.
+    keep_harakat : bool
+        Keep the vowel marks of Arabic script.
+
+    Example
+    -------
+    >>> Writing(("LATIN",)).clean("L’homme, dit-il : « Où ? »")
+    "l'homme dit il où"
+    >>> Writing(("HAN AND KANA",)).clean("ワインと、日本酒。")
+    'ワインと日本酒'
+    """
+
+    scripts: tuple[str, ...]
+    dotless: bool = False
+    keep_harakat: bool = False
+
+    @property
+    def has_spaces(self) -> bool:
+        """Whether words are set apart by spaces."""
+        return self.scripts[0] not in WITHOUT_SPACES
+
+    def clean(self, sentence: str, dropped: Counter | None = None) -> str:
+        """Text of a sentence: composed, lower case, no punctuation.
+
+        An apostrophe (in one form) or a middle dot stays between two letters of a script with
+        spaces; hyphens, dashes and everything else that is no letter, mark or number become spaces.
+        Numbers and signs that are read out stay, see :meth:`problem`.
+
+        Arguments
+        ---------
+        sentence : str
+        dropped : Counter, optional
+            Counts the characters that are left out.
+
+        Returns
+        -------
+        str
+        """
+        dropped = Counter() if dropped is None else dropped
+        text = unicodedata.normalize("NFC", "".join(map(_plain_width, sentence)))
+        text = text.translate({ord("I"): "ı", ord("İ"): "i"} if self.dotless else {}).lower()
+        text = OLD_CHILLU.sub(lambda found: CHILLUS[found[1]], unicodedata.normalize("NFC", text))
+        if not self.keep_harakat:
+            dropped.update(HARAKAT.findall(text))
+            text = HARAKAT.sub("", text)
+        kept = []
+        for place, character in enumerate(text):
+            before, after = text[place - 1 : place], text[place + 1 : place + 2]
+            written = self._written(character, before, after)
+            if not written.strip() and not character.isspace():
+                dropped[character] += 1
+            kept.append(written)
+        between = " " if self.has_spaces else ""
+        return between.join("".join(kept).split())
+
+    def _written(self, character: str, before: str, after: str) -> str:
+        """What stands for a character between its neighbours: itself, a space or nothing."""
+        kind = unicodedata.category(character)
+        if character in APOSTROPHES or character == "·":
+            inside = self.has_spaces and _is_word(before) and _is_word(after)
+            return " " if not inside else "·" if character == "·" else "'"
+        stray = kind[0] == "M" and not _is_word(before) and before not in (ZWNJ, ZWJ)
+        if character == TATWEEL or character in INSIDE or stray:
+            return ""
+        if character in (ZWNJ, ZWJ):
+            return character if self._joins(before, after) else ""
+        if _is_letter(character) or kind[0] == "M" or _is_read_out(character):
+            return character
+        return "" if kind == "Cf" else " "
+
+    def _joins(self, before: str, after: str) -> bool:
+        # Elsewhere a joiner only changes how the same letters look. Beside a virama it says which
+        # of several forms is meant; in Arabic script it parts the pieces of a word.
+        if not before or not after or not _is_word(after):
+            return False
+        beside_virama = unicodedata.combining(before) == 9 or unicodedata.combining(after) == 9
+        arabic = _is_letter(before) and script_of(before) == "ARABIC" == script_of(after)
+        return beside_virama or arabic
+
+    def problem(self, text: str) -> str | None:
+        """What is wrong with a cleaned text as something to learn from; None if nothing is."""
+        if not any(map(_is_letter, text)):
+            return NO_LETTERS
+        if any(map(_is_read_out, text)):
+            return NUMBERS
+        letters = (letter for letter in text if _is_letter(letter))
+        if any(script_of(letter) not in self.scripts for letter in letters):
+            return OTHER_SCRIPT
+        return None
+
+
+def _is_word(characters: str) -> bool:
+    """Whether it begins with a letter or a mark."""
+    return bool(characters) and unicodedata.category(characters[0])[0] in "LM"
+
+
+def _plain_width(character: str) -> str:
+    wide = "\uff01" <= character <= "\uffdc"  # full-width Latin, half-width kana
+    return unicodedata.normalize("NFKC", character) if wide else character
+
+
+def writing_of(sentences: Iterable[str], language: str = "", keep_harakat: bool = False) -> Writing:
+    """Find out how a language is written from its training sentences.
+
+    Arguments
+    ---------
+    sentences : iterable of str
+    language : str
+        Its code; only for those that Unicode's rules of case do not fit.
+    keep_harakat : bool
+        See :class:`Writing`.
+
+    Returns
+    -------
+    Writing
+
+    Raises
+    ------
+    ValueError
+        There is no letter in any sentence.
+    """
+    counts = Counter(script_of(c) for text in sentences for c in text if _is_letter(c))
+    counts.pop("MODIFIER", None)  # letters such as ʻ, of any script
+    if not counts:
+        raise ValueError("no letters in the training sentences")
+    most = sum(counts.values())
+    scripts = tuple(name for name, count in counts.most_common() if count >= MAIN_SHARE * most)
+    dotless = language.replace("_", "-").split("-")[0].lower() in DOTLESS
+    return Writing((*scripts, "MODIFIER"), dotless, keep_harakat)
+
+
+def clean_parts(
+    parts: Mapping[str, Mapping[str, str]], language: str = "", keep_harakat: bool = False
+) -> dict[str, dict[str, str]]:
+    """Clean the sentences of all parts, by rules found in the training part; logs what is lost.
+
+    Sentences without letters are left out of every part. Those with numbers, signs that are read
+    out or letters of another script are left out of ``train``: what is said for them is not
+    written. Other parts keep them, and what the units lack there counts as errors.
+
+    Arguments
+    ---------
+    parts : mapping of str to mapping of str to str
+        Sentences by ID, of each part; "train" is one of them.
+    language : str
+        Its code, for messages and for rules of case.
+    keep_harakat : bool
+
+    Returns
+    -------
+    dict
+        Texts by ID, of each part.
+    """
+    name = f"{language}: " if language else ""
+    try:
+        writing = writing_of(parts["train"].values(), language, keep_harakat)
+    except ValueError as error:
+        raise ValueError(f"{name}{error}") from None
+    scripts = ", ".join(script.title() for script in writing.scripts if script != "MODIFIER")
+    logger.info(f"{name}written in {scripts}{'' if writing.has_spaces else ', without spaces'}")
+    cleaned, dropped = {}, Counter()
+    for part, sentences in parts.items():
+        texts = {ID: writing.clean(sentence, dropped) for ID, sentence in sentences.items()}
+        odd: dict[str, list[str]] = {}
+        for ID, text in texts.items():
+            problem = writing.problem(text)
+            if problem:
+                odd.setdefault(problem, []).append(ID)
+        for problem, IDs in odd.items():
+            fate = "kept, characters unknown in training count as errors"
+            if part == "train" or problem == NO_LETTERS:
+                fate = "left out"
+                for ID in IDs:
+                    del texts[ID]
+            named = ", ".join(IDs[:3]) + (", ..." if len(IDs) > 3 else "")
+            logger.warning(f"{name}{part}: {len(IDs)} sentences with {problem} ({named}): {fate}")
+        if not texts:
+            raise ValueError(f"{name}{part}: none of {len(sentences)} sentences can be used")
+        cleaned[part] = texts
+    if dropped:
+        logger.info(f"{name}characters left out: {_counted(dropped)}")
+    return cleaned
+
+
+def describe_units(texts: Iterable[str], rare: int = 5) -> str:
+    """The characters of training texts on one line, and those to look at by their names.
+
+    Arguments
+    ---------
+    texts : iterable of str
+    rare : int
+        Characters that occur less often are named, and so are marks, joiners and punctuation.
+
+    Returns
+    -------
+    str
+    """
+    counts = Counter(character for text in texts for character in text if character != " ")
+    plain = (c for c in sorted(counts) if unicodedata.category(c)[0] not in "MC")
+    strange = Counter({c: n for c, n in counts.items() if n < rare or not _is_letter(c)})
+    named = f"; of these rare or no letters: {_counted(strange)}" if strange else ""
+    return f"{len(counts)} characters to recognise: {' '.join(plain)}{named}"
+
+
+def _counted(counts: Counter, limit: int = 40) -> str:
+    pairs = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    shown = [
+        f"{'' if unicodedata.category(c)[0] in 'MC' else c + ' '}U+{ord(c):04X} "
+        f"{unicodedata.name(c, 'unnamed')} {n}"
+        for c, n in pairs[:limit]
+    ]
+    more = f", and {len(pairs) - limit} more" if len(pairs) > limit else ""
+    return ", ".join(shown) + more

@@ -1,0 +1,159 @@
+"""Manifests of languages of Common Voice (Ardila et al., LREC 2020), or of any data in its shape.
+
+A folder for each language, with ``train.tsv``, ``dev.tsv``, ``test.tsv`` (columns client_id, path
+and sentence; no quoting) and ``clips``. Clips may have another ending than the tables say.
+"""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from speechbrain.utils.logger import get_logger
+
+from hff_modules.data.manifest import DATA_ROOT, read_rows, summarize_manifest, write_manifest
+from hff_modules.data.prepare import (
+    ENDINGS,
+    choose_subset,
+    expect,
+    judge,
+    listing,
+    read_table,
+    write_parts,
+)
+from hff_modules.data.writing import clean_parts, describe_units
+
+logger = get_logger(__name__)
+
+PARTS = ("train", "dev", "test")
+COLUMNS = ("client_id", "path", "sentence")
+LAYOUT = "a language of Common Voice: train.tsv, dev.tsv, test.tsv and clips/"
+
+
+def prepare_commonvoice(
+    data_folder: str | os.PathLike,
+    save_folder: str | os.PathLike,
+    language: str | Sequence[str],
+    max_minutes: float | None = None,
+    max_missing: float = 0.05,
+    keep_harakat: bool = False,
+) -> dict[str, dict[str, Path]]:
+    """Write the manifests of one language or of several, each in a folder of its own.
+
+    Arguments
+    ---------
+    data_folder : str or path
+        The folder of the languages' folders, and the ``data_root`` of the manifests.
+    save_folder : str or path
+    language : str or sequence of str
+        Names of folders in ``data_folder``.
+    max_minutes : float, optional
+        Train on about so much of each language: one clip of each speaker in turn, without chance.
+    max_missing : float
+        Share of a part's clips that may be absent; another such share may be unreadable.
+    keep_harakat : bool
+        Keep the vowel marks of Arabic script.
+
+    Returns
+    -------
+    dict
+        ``{language: {part: path of its manifest}}``.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        A language that is not there, another layout, too much that is absent or unreadable, a
+        clip or a speaker in two parts.
+    """
+    languages = [language] if isinstance(language, str) else language
+    if not isinstance(languages, Sequence) or not all(isinstance(n, str) for n in languages):
+        raise ValueError(f"language: expected a folder's name or a list of them, got {language!r}")
+    if not languages or len(set(languages)) < len(languages):
+        raise ValueError(f"language: expected names that differ, got {languages}")
+    if max_minutes is not None and max_minutes <= 0:
+        raise ValueError(f"max_minutes: expected minutes above 0, got {max_minutes}")
+    root = Path(data_folder).absolute()
+    known = _languages(root)
+    absent = [name for name in languages if name not in known]
+    if absent:
+        there = f"languages there: {', '.join(known)}" if known else f"it holds {listing(root)}"
+        raise FileNotFoundError(
+            f"language {', '.join(absent)}: no such folder with a train.tsv in {root}; {there}"
+        )
+    options = {"max_minutes": max_minutes, "max_missing": max_missing, "keep_harakat": keep_harakat}
+    return {
+        name: _prepare_language(root, Path(save_folder) / name, name, **options)
+        for name in languages
+    }
+
+
+def _languages(root: Path) -> list[str]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"data_folder {root}: no such folder; expected one per language")
+    return sorted(path.parent.name for path in root.glob("*/train.tsv"))
+
+
+def _prepare_language(
+    root: Path,
+    save_folder: Path,
+    language: str,
+    max_minutes: float | None,
+    max_missing: float,
+    keep_harakat: bool,
+) -> dict[str, Path]:
+    folder = expect(root / language, [*(f"{part}.tsv" for part in PARTS), "clips"], LAYOUT)
+    names = [file.name for file in os.scandir(folder / "clips")]
+    clips: dict[str, str] = {}
+    for ending in reversed(ENDINGS):
+        clips |= {name.removesuffix(ending): name for name in names if name.endswith(ending)}
+    clips |= {name: name for name in names}
+    parts: dict[str, list[dict[str, str]]] = {}
+    for part in PARTS:
+        table = folder / f"{part}.tsv"
+        rows = read_table(table, COLUMNS, delimiter="\t", quoting=csv.QUOTE_NONE)
+        found, missing = [], []
+        for row in rows:
+            path = row["path"].strip()
+            clip = clips.get(path) or clips.get(Path(path).stem)  # clips may have been converted
+            if clip is None:
+                missing.append(path)
+                continue
+            found.append(
+                {
+                    "ID": f"{language}-{Path(clip).stem}",
+                    "wav": f"{language}/clips/{clip}",
+                    "spk_id": row["client_id"],
+                    "sentence": row["sentence"],
+                }
+            )
+        named = {"clips that the table names are absent": missing}
+        judge(str(table), named, len(found), max_missing, "max_missing")
+        _refuse_twice(found, table)
+        parts[part] = found
+    sentences = {part: {r["ID"]: r["sentence"] for r in rows} for part, rows in parts.items()}
+    texts = clean_parts(sentences, language, keep_harakat)
+    made = {
+        part: [
+            {"ID": r["ID"], "wav": r["wav"], "spk_id": r["spk_id"], "wrd": texts[part][r["ID"]]}
+            for r in rows
+            if r["ID"] in texts[part]
+        ]
+        for part, rows in parts.items()
+    }
+    manifests = write_parts(root, save_folder, made, ("wrd",), max_missing, "max_missing")
+    rows = [{"ID": ID, **row} for ID, row in read_rows(manifests["train"], DATA_ROOT).items()]
+    if max_minutes is not None:
+        rows = choose_subset(rows, max_minutes / 60)
+        manifests["train"] = save_folder / f"train-{max_minutes:g}min.csv"
+        write_manifest(manifests["train"], rows)
+        logger.info(f"{manifests['train']}: {summarize_manifest(manifests['train'])}")
+    logger.info(f"{language}: {describe_units(row['wrd'] for row in rows)}")
+    return manifests
+
+
+def _refuse_twice(rows: Sequence[dict[str, str]], table: Path) -> None:
+    seen = set()
+    for row in rows:
+        if row["wav"] in seen:
+            raise ValueError(f"{table}: the clip {row['wav']} is named twice")
+        seen.add(row["wav"])

@@ -1,0 +1,148 @@
+"""Text rules, writing system by writing system."""
+
+import logging
+import unicodedata
+from collections import Counter
+
+import pytest
+
+from hff_modules.data.writing import (
+    NO_LETTERS,
+    NUMBERS,
+    OTHER_SCRIPT,
+    Writing,
+    clean_parts,
+    describe_units,
+    script_of,
+    writing_of,
+)
+
+LATIN, ARABIC, MALAYALAM = Writing(("LATIN",)), Writing(("ARABIC",)), Writing(("MALAYALAM",))
+
+
+@pytest.mark.parametrize(
+    ("sentence", "text"),
+    [
+        ("L’homme, dit-il : « Où ? »", "l'homme dit il où"),
+        ("'Quoted' words, dogs' tails", "quoted words dogs tails"),
+        ("E\u0301TE\u0301", "été"),
+        ("Straße GROẞ", "straße groß"),
+        ("col·legi · x", "col·legi x"),
+        ("oui…non", "oui non"),
+        ("so\u00adft\ufeff hy\u200dphen", "soft hyphen"),
+        ("M`gr\u00b4s", "m'gr's"),
+    ],
+)
+def test_latin_words_keep_their_apostrophes_and_lose_case_and_punctuation(sentence, text):
+    assert LATIN.clean(sentence) == text
+
+
+def test_case_follows_the_language_and_the_script():
+    turkish = writing_of(["ISPARTA İZMİR"], "tr")
+    assert turkish.clean("ISPARTA İzmir") == "ısparta izmir"
+    assert writing_of(["ISPARTA"], "id").clean("ISPARTA") == "isparta"
+    assert writing_of(["Σ"], "el").clean("ΌΛΟΣ Ο ΚΌΣΜΟΣ·") == "όλος ο κόσμος"
+    assert writing_of(["Ж"], "ru").clean("Ёлка — да!") == "ёлка да"
+
+
+def test_arabic_loses_tatweel_and_vowel_marks_unless_asked_but_no_letter():
+    sentence = "الســَّلامُ عَلَيْكُمْ، أهلاً؟"
+    assert ARABIC.clean(sentence) == "السلام عليكم أهلا"
+    kept = Writing(("ARABIC",), keep_harakat=True).clean(sentence)
+    assert "\u0640" not in kept and kept.count("\u064e") == 3 and "أ" in kept and "ا" in kept
+    assert ARABIC.clean("می\u200cخواهم \u200c") == "می\u200cخواهم", "it parts the pieces of a word"
+
+
+def test_the_vowel_marks_that_a_script_cannot_do_without_stay():
+    thaana = "އެތަނަށް"
+    assert Writing(("THAANA",)).clean(thaana + "،") == thaana
+    thai = Writing(("THAI",))
+    assert thai.clean("เมื่อไหร่ จะถึง?") == "เมื่อไหร่จะถึง"
+
+
+def test_malayalam_chillus_have_one_form_and_joiners_stay_where_they_tell_forms_apart():
+    old = "അവന\u0d4d\u200d പറഞ്ഞു"
+    assert MALAYALAM.clean(old) == "അവൻ പറഞ്ഞു"
+    assert MALAYALAM.clean("തമിഴ്\u200cനാട്") == "തമിഴ്\u200cനാട്"
+    assert MALAYALAM.clean("മഴ്\u200c") == "മഴ്", "at the end of a word it only changes the looks"
+    bengali = Writing(("BENGALI",))
+    assert bengali.clean("র\u200d\u09cdযাব।") == "র\u200d\u09cdযাব"
+
+
+def test_composed_and_decomposed_spellings_are_one_text():
+    sentences = ["Việt Nam", "ഫോട്ടൊ", "ড়", "Ó"]
+    for sentence in sentences:
+        writing = writing_of([sentence])
+        apart = unicodedata.normalize("NFD", sentence)
+        assert writing.clean(apart) == writing.clean(sentence)
+
+
+def test_scripts_without_spaces_lose_them_and_wide_letters_become_plain():
+    chinese = writing_of(["我们去卡拉OK吧" * 3])
+    assert chinese.scripts[:2] == ("HAN AND KANA", "LATIN") and not chinese.has_spaces
+    assert chinese.clean("约翰·史密斯 ＯＫ！") == "约翰史密斯ok"
+    assert writing_of(["ワインと、日本酒"]).scripts[0] == "HAN AND KANA"
+    assert writing_of(["안녕 하세요"]).clean("안녕  하세요.") == "안녕 하세요"
+
+
+def test_what_is_left_out_is_counted():
+    dropped = Counter()
+    LATIN.clean("«Oui», dit-il…", dropped)
+    assert dropped == {"«": 1, "»": 1, ",": 1, "-": 1, "…": 1}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "problem"),
+    [
+        ("a plain text", None),
+        ("…!", NO_LETTERS),
+        ("12", NO_LETTERS),
+        ("12 monkeys", NUMBERS),
+        ("५ apples", NUMBERS),
+        ("5€", NO_LETTERS),
+        ("rhythm & blues", NUMBERS),
+        ("mаma", OTHER_SCRIPT),  # the first a is Cyrillic
+    ],
+)
+def test_sentences_that_do_not_say_what_is_spoken_are_found(sentence, problem):
+    assert LATIN.problem(LATIN.clean(sentence)) == problem
+
+
+def test_the_number_zero_of_chinese_is_a_letter():
+    chinese = Writing(("HAN AND KANA",))
+    assert chinese.problem(chinese.clean("二〇二六年")) is None
+    assert script_of("々") == script_of("ー") == "HAN AND KANA"
+
+
+def test_odd_sentences_are_named_left_out_of_training_and_kept_in_test(caplog):
+    sentences = {"a": "one two " * 30, "b": "3 four", "c": "?", "d": "five шесть"}
+    with caplog.at_level(logging.INFO):
+        texts = clean_parts({"train": sentences, "test": sentences}, "en")
+    assert texts["train"].keys() == {"a"} and texts["test"].keys() == {"a", "b", "d"}
+    assert (
+        "en: train: 1 sentences with numbers or signs that are read out (b): left out"
+        in caplog.text
+    )
+    assert "train: 1 sentences with letters of another script (d): left out" in caplog.text
+    assert "test: 1 sentences with no letters (c): left out" in caplog.text
+    assert "script (d): kept, characters unknown in training count as errors" in caplog.text
+    assert "characters left out: ? U+003F QUESTION MARK 2" in caplog.text
+
+
+def test_a_language_written_in_two_scripts_is_trained_on_in_both():
+    texts = clean_parts({"train": {"a": "ljubav", "b": "љубав"}}, "sr")
+    assert texts["train"] == {"a": "ljubav", "b": "љубав"}
+
+
+def test_a_part_without_any_usable_sentence_is_refused():
+    with pytest.raises(ValueError, match="xx: no letters in the training sentences"):
+        clean_parts({"train": {"a": "12"}}, "xx")
+    with pytest.raises(ValueError, match="xx: dev: none of 1 sentences can be used"):
+        clean_parts({"train": {"a": "abc"}, "dev": {"b": "!"}}, "xx")
+
+
+def test_units_to_look_at_are_named():
+    described = describe_units(["aaaaaé", "bbbbb കാ"])
+    assert described.startswith("5 characters to recognise: a b é ക; ")
+    assert "é U+00E9 LATIN SMALL LETTER E WITH ACUTE 1" in described
+    assert "U+0D3E MALAYALAM VOWEL SIGN AA 1" in described and "LETTER A 5" not in described
