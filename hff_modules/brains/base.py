@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from hff_modules.brains.head_first import HeadFirst
 from hff_modules.checkpoint import (
     RandomState,
     Several,
@@ -26,6 +27,7 @@ from hff_modules.measure import Meter, count_parameters, table, versions, write_
 
 logger = get_logger(__name__)
 
+IN_ENCODER = ("adapters", "encoder", "norms")  # the parts that are trained there
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -66,6 +68,16 @@ def trainable_parts(modules: Mapping[str, nn.Module]) -> dict[str, list[nn.Param
     return parts
 
 
+def _checked_epochs(hparams: Mapping[str, Any]) -> int:
+    epochs, limit = hparams.get("frozen_epochs", 0), hparams.get("number_of_epochs")
+    if type(epochs) is not int or epochs < 0 or (limit is not None and epochs >= max(limit, 1)):
+        raise ValueError(
+            "frozen_epochs: expected a whole number below number_of_epochs "
+            f"({limit}), got {epochs!r}"
+        )
+    return epochs
+
+
 class SSLBrain(sb.Brain):
     """A Brain for a (mostly) frozen encoder, a fusion and a head.
 
@@ -91,15 +103,16 @@ class SSLBrain(sb.Brain):
             hparams["ckpt_interval_minutes"] = 0  # SpeechBrain refuses to have both
         self.parts = dict(modules)  # as they are; self.modules may be wrapped for distribution
         self.encoder, self.horizon = modules["encoder"], modules["encoder"].horizon
+        self.head_first = HeadFirst(self.encoder, _checked_epochs(hparams))
         super().__init__(
             modules=modules, hparams=hparams, run_opts=run_opts, checkpointer=checkpointer
         )
         self.meter = Meter(self.device)
-        self.total_steps = None
+        self.total_steps, self.waiting_steps = None, 0
         self.test_set = "test"  # the one that is being scored
         self.trained = Trained(self.parts, self._manifest(task or {}))
         if checkpointer is not None:
-            checkpointer.add_recoverable("trained", self.trained, load_trained, save_trained)
+            checkpointer.add_recoverable("trained", self.trained, load_trained, self._save_trained)
             checkpointer.add_recoverable("meter", self.meter, load_state, save_state)
             checkpointer.add_recoverable("counter", self.hparams.epoch_counter)
             if "scaler" in checkpointer.recoverables:  # else a pickle
@@ -118,12 +131,18 @@ class SSLBrain(sb.Brain):
             "versions": versions(),
         }
 
+    def _save_trained(self, trained: Trained, path: Path) -> None:
+        with self.head_first.waits(False):
+            save_trained(trained, path)
+
     # What a task is made of
 
     def states(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Selected states (num_states, batch, frames, width) and valid frames (batch,)."""
         signal, lens = batch.signal  # waveforms, or stored states
-        return self.modules.encoder(signal, lens)
+        # While the encoder waits it has no gradients; DistributedDataParallel would miss them.
+        modules = self.parts if self.head_first.waiting else self.modules
+        return modules["encoder"](signal, lens)
 
     def features(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Fused features (batch, frames, width), masked in training, and valid frames (batch,)."""
@@ -157,6 +176,7 @@ class SSLBrain(sb.Brain):
             )
         per_epoch = max(len(train_set) // self.grad_accumulation_factor, 1)
         self.total_steps = per_epoch * epoch_counter.limit
+        self.waiting_steps = per_epoch * self.head_first.epochs
         super().fit(epoch_counter, train_set, valid_set, **kwargs)
 
     def _wrap_distributed(self) -> None:
@@ -184,10 +204,9 @@ class SSLBrain(sb.Brain):
                     f"learning_rates has no {part!r}, which is trained; it has {known}"
                 )
             self.optimizers_dict[part] = self.hparams.optimizer(parameters, lr=lr)
+            steps = self.total_steps - (self.waiting_steps if part in IN_ENCODER else 0)
             schedule = self.hparams.schedule(
-                lr=lr,
-                n_warmup_steps=int(self.hparams.warmup * self.total_steps),
-                total_steps=self.total_steps,
+                lr=lr, n_warmup_steps=int(self.hparams.warmup * steps), total_steps=steps
             )
             schedule.current_step = 1  # at 0 the rate is 0: the first step would be lost
             self.schedules[part] = schedule
@@ -199,17 +218,25 @@ class SSLBrain(sb.Brain):
             ):
                 self.checkpointer.add_recoverable(name, thing, load_state, save_state)
 
+    def freeze_optimizers(self, optimizers: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave out those of parts that wait."""
+        waiting = IN_ENCODER if self.head_first.waiting else ()
+        return {part: optimizer for part, optimizer in optimizers.items() if part not in waiting}
+
     def on_stage_start(self, stage, epoch=None) -> None:
-        """Start the clock."""
+        """Start the clock; in training, see who waits in this epoch."""
         if stage == sb.Stage.TRAIN:
+            self.head_first.set(epoch <= self.head_first.epochs)
+            if epoch == self.head_first.epochs + 1:
+                self.meter.steps.clear()  # those of the head alone are no steps of the method
             self.meter.reset_peak()
             self._clock = time.perf_counter()
 
     def on_fit_batch_start(self, batch, should_step) -> None:
         """Set the learning rates of this step."""
         if should_step:
-            for part, schedule in self.schedules.items():
-                schedule(self.optimizers_dict[part])
+            for part, optimizer in self.freeze_optimizers(self.optimizers_dict).items():
+                self.schedules[part](optimizer)
 
     def fit_batch(self, batch) -> torch.Tensor:
         """Train on one batch; gives the loss over the batches of all processes."""
@@ -261,10 +288,14 @@ class SSLBrain(sb.Brain):
         chosen_by = self.hparams.select_by
         if chosen_by not in scores:
             raise ValueError(f"select_by: {chosen_by!r} is no score; there are {', '.join(scores)}")
-        self.hparams.epoch_counter.update_metric(scores[chosen_by])
+        meta = {"epoch": epoch, **scores}
+        if self.head_first.waiting:  # not the method yet: to go on from, never to be the best
+            meta = {"epoch": epoch}
+        else:
+            self.hparams.epoch_counter.update_metric(scores[chosen_by])
         if self.checkpointer is not None:
             self.checkpointer.save_and_keep_only(
-                meta={"epoch": epoch, **scores}, min_keys=[chosen_by], importance_keys=[]
+                meta=meta, min_keys=[chosen_by], importance_keys=[]
             )
 
     def _remember(self, epoch: int, scores: dict[str, float]) -> None:
@@ -288,6 +319,7 @@ class SSLBrain(sb.Brain):
 
     def on_evaluate_start(self, max_key=None, min_key=None) -> None:
         """Load what was trained from the best checkpoint; nothing else of the run is rewound."""
+        self.head_first.set(False)
         if self.checkpointer is None:
             return
         best = self.checkpointer.find_checkpoint(max_key=max_key, min_key=min_key)
@@ -316,8 +348,9 @@ class SSLBrain(sb.Brain):
 
     def results(self, test: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """Everything that ``results.json`` holds; ``dev`` is of the checkpoint that is tested."""
-        history = self.meter.history
-        best = min(history, key=lambda past: past[self.hparams.select_by], default={})
+        history, waited = self.meter.history, self.head_first.epochs
+        joined = [past for past in history if past["epoch"] > waited]
+        best = min(joined, key=lambda past: past[self.hparams.select_by], default={})
         about = ("epoch", "train_seconds", "train_loss")
         fold = getattr(self.hparams, "fold", None)
         return {
@@ -330,6 +363,7 @@ class SSLBrain(sb.Brain):
             **count_parameters(self.parts),
             **self.meter.summary(),
             "epochs": self.meter.epochs,
+            **({"frozen_epochs": waited} if waited else {}),
             "seed": self.hparams.seed,
             **({} if fold is None else {"fold": fold}),
             **self.layer_weights(),

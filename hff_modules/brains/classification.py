@@ -21,7 +21,6 @@ from hff_modules.brains.job import build_modules, keep, train_and_test
 from hff_modules.data.loading import (
     add_label_items,
     check_labels,
-    filled_cache,
     find_labels,
     read_speech,
 )
@@ -170,7 +169,7 @@ def train_classification(
     )
     text = json.dumps(labels, indent=1, ensure_ascii=False) + "\n"
     keep(hparams, **{"labels.json": text})
-    cache = filled_cache(hparams, modules["encoder"], datasets.values())
+    cache = brain.head_first.filled_cache(hparams, datasets.values())
     for dataset in datasets.values():
         add_label_items(dataset, labels, modules["encoder"].minimum_samples, cache)
     train_set, dev_set = datasets.pop("train"), datasets.pop("dev")

@@ -21,7 +21,6 @@ from hff_modules.brains.job import build_modules, keep, train_and_test
 from hff_modules.data.loading import (
     add_ctc_items,
     drop_unalignable,
-    filled_cache,
     read_speech,
     transcripts,
 )
@@ -169,7 +168,7 @@ def train_ctc(
     if if_main_process():
         units.save(Path(hparams["output_folder"]) / "units")
     everything = [train_set, dev_set, *test_sets.values()]
-    cache = filled_cache(hparams, encoder, everything)
+    cache = brain.head_first.filled_cache(hparams, everything)
     for dataset in everything:
         add_ctc_items(dataset, units, encoder.minimum_samples, cache)
     train_set = drop_unalignable(train_set, units, encoder.count_frames)

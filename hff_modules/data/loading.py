@@ -86,6 +86,13 @@ def transcripts(dataset: DynamicItemDataset) -> list[str]:
     return [dataset.data[name]["wrd"] for name in dataset.data_ids]
 
 
+def read_signal(wav: str | Path, minimum_samples: int) -> torch.Tensor:
+    """Read samples (samples,), with silence behind them if they are fewer than the minimum."""
+    samples = read_audio(wav, SAMPLE_RATE)
+    missing = minimum_samples - len(samples)
+    return torch.nn.functional.pad(samples, (0, missing)) if missing > 0 else samples
+
+
 def add_signal(
     dataset: DynamicItemDataset, minimum_samples: int = 0, cache: StateCache | None = None
 ) -> None:
@@ -105,11 +112,7 @@ def add_signal(
     """
 
     def signal(wav: str) -> torch.Tensor:
-        if cache is not None:
-            return cache.read(wav)
-        samples = read_audio(wav, SAMPLE_RATE)
-        missing = minimum_samples - len(samples)
-        return torch.nn.functional.pad(samples, (0, missing)) if missing > 0 else samples
+        return read_signal(wav, minimum_samples) if cache is None else cache.read(wav)
 
     dataset.add_dynamic_item(signal, takes="wav", provides="signal")
     dataset.set_output_keys(["id", "duration", "signal"])

@@ -1,0 +1,108 @@
+"""Head first: fusion and head train on the plain encoder's states before the encoder joins.
+
+A head that knows nothing sends gradients that say nothing: the first epochs of adapters and of
+fine-tuning are spent on noise, and full fine-tuning spoils its features (LP-FT: Kumar et al., ICLR
+2022, arXiv 2202.10054). Those epochs are also the cheap ones, as the plain encoder's states are
+stored, and shared by all methods.
+"""
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
+
+from hff_modules.cache import StateCache
+from hff_modules.data.loading import filled_cache, read_signal
+from hff_modules.encoder import SSLEncoder
+
+
+class HeadFirst:
+    """Lets everything that is trained in an encoder wait, as if nothing had been attached.
+
+    Arguments
+    ---------
+    encoder : SSLEncoder
+        With its adapters.
+    epochs : int
+        How many epochs to wait; counts as 0 if nothing in the encoder is trained.
+
+    Example
+    -------
+    >>> from hff_modules import SSLEncoder, adapters
+    >>> encoder = SSLEncoder("builtin")
+    >>> _ = adapters.attach(encoder, "tpa", bottleneck=8)
+    >>> head_first = HeadFirst(encoder, epochs=2)
+    >>> with head_first.waits():
+    ...     print(encoder.horizon)
+    12
+    >>> encoder.horizon
+    0
+    """
+
+    def __init__(self, encoder: SSLEncoder, epochs: int):
+        self.encoder, self.waiting = encoder, False
+        self.epochs = epochs if encoder.horizon < encoder.top else 0
+        self._adapters: list = []
+        self._weights: list[torch.nn.Parameter] = []
+
+    def set(self, waiting: bool) -> None:
+        """Let them wait, or join again with the values that they had."""
+        if waiting == self.waiting:
+            return
+        if waiting:
+            self._adapters = [a for a in self.encoder.adapters.values() if a.enabled]
+        for adapter in self._adapters:
+            adapter.set_enabled(not waiting)
+        if waiting:  # what no adapter owns
+            model = self.encoder.model
+            self._weights = [p for p in model.parameters() if p.requires_grad]
+        for weight in self._weights:
+            weight.requires_grad_(not waiting)
+        self.waiting = waiting
+        self.encoder.train(self.encoder.training)
+
+    @contextlib.contextmanager
+    def waits(self, waiting: bool = True):
+        """Let them wait (or, with False, join) for as long as the context lasts."""
+        before = self.waiting
+        self.set(waiting)
+        try:
+            yield
+        finally:
+            self.set(before)
+
+    def filled_cache(
+        self, hparams: Mapping[str, Any], datasets: Iterable[DynamicItemDataset]
+    ) -> "StateCache | SwitchedCache | None":
+        """Store what training cannot change: as :func:`filled_cache`, for both times."""
+        datasets = list(datasets)
+        cache = filled_cache(hparams, self.encoder, datasets)
+        if not self.epochs:
+            return cache
+        with self.waits():
+            plain = filled_cache(hparams, self.encoder, datasets)
+        return SwitchedCache(self, plain, cache)
+
+
+class SwitchedCache:
+    """Gives the plain encoder's states while the others wait, then those at the horizon.
+
+    Arguments
+    ---------
+    head_first : HeadFirst
+    plain, joined : StateCache | None
+        Where there is none, the signal is given.
+    """
+
+    def __init__(self, head_first: HeadFirst, plain: StateCache | None, joined: StateCache | None):
+        self.head_first, self.plain, self.joined = head_first, plain, joined
+
+    def read(self, wav: str | Path) -> torch.Tensor:
+        """Stored states (frames, num_stored, width), or samples (samples,)."""
+        cache = self.plain if self.head_first.waiting else self.joined
+        if cache is not None:
+            return cache.read(wav)
+        return read_signal(wav, self.head_first.encoder.minimum_samples)
