@@ -10,6 +10,8 @@ before HyperPyYAML resolves ``!ref``, ``!new`` and the like, so all of them see 
 
 import difflib
 import io
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,21 @@ from hyperpyyaml.core import recursive_update
 METHODS = Path(__file__).resolve().parent.parent / "hparams"  # one file per method, for all recipes
 
 
-def load_config(argv: list[str], base: str | Path) -> tuple[dict[str, Any], Any]:
+def given(argv: Sequence[str], key: str) -> Any:
+    """The value of a key on the command line, before any file is read; None without.
+
+    Example
+    -------
+    >>> given(["hparams/fusion.yaml", "--language", "[fr, ml]"], "language")
+    ['fr', 'ml']
+    """
+    values = [value for name, value in itertools.pairwise(argv) if name == f"--{key}"]
+    return ruamel.yaml.YAML(typ="safe", pure=True).load(values[-1]) if values else None
+
+
+def load_config(
+    argv: list[str], base: str | Path | Sequence[str | Path]
+) -> tuple[dict[str, Any], Any]:
     """Read the method file that the command line names on top of a base file, and build all of it.
 
     Arguments
@@ -30,8 +46,9 @@ def load_config(argv: list[str], base: str | Path) -> tuple[dict[str, Any], Any]
         What follows the script's name: a method file, SpeechBrain's run options, ``--key value``.
         The method file is looked for as given, then beside the recipe, then in the project's
         ``hparams``.
-    base : str | Path
-        The recipe's own file: dataset, and by ``extends:`` the task.
+    base : str | Path | Sequence[str | Path]
+        The recipe's own file: dataset, and by ``extends:`` the task. Of several, each refines those
+        before it.
 
     Returns
     -------
@@ -52,9 +69,13 @@ def load_config(argv: list[str], base: str | Path) -> tuple[dict[str, Any], Any]
     """
     method, run_opts, overrides = sb.parse_arguments(argv)
     # Before anything is built: loggers and the like ask at once which process they are in.
-    sb.utils.distributed.ddp_init_group(run_opts)
-    merged = merge_files(Path(base))
-    merged.update(merge_files(find_method(method, beside=Path(base).resolve().parent)))
+    if not sb.utils.distributed.is_distributed_initialized():  # else by a run before this one
+        sb.utils.distributed.ddp_init_group(run_opts)
+    bases = [Path(base)] if isinstance(base, str | Path) else [Path(path) for path in base]
+    merged = merge_files(bases[0])
+    for path in bases[1:]:
+        merged.update(merge_files(path))
+    merged.update(merge_files(find_method(method, beside=bases[0].resolve().parent)))
     _override(merged, overrides)
     asked = merged.get("layers")
     if not is_auto(asked):

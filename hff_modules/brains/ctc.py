@@ -4,7 +4,9 @@ CTC: Graves et al., ICML 2006.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ import torch
 from speechbrain.decoders import ctc_greedy_decode
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
+from torch.utils.data import DataLoader
 
 from hff_modules.auto_layers import choose_layers
 from hff_modules.brains.base import SSLBrain
-from hff_modules.brains.job import build_modules, keep, train_and_test
+from hff_modules.brains.job import build_modules, evaluation_loader, keep, train_and_test
 from hff_modules.data.loading import (
     add_ctc_items,
     drop_unalignable,
@@ -26,7 +29,9 @@ from hff_modules.data.loading import (
 )
 from hff_modules.data.text import Units, build_units
 from hff_modules.files import write_atomically
+from hff_modules.ngram import Fused, model_for
 from hff_modules.probes import CTCTask
+from hff_modules.warm_start import start_from
 
 logger = get_logger(__name__)
 
@@ -50,6 +55,8 @@ class CTCBrain(SSLBrain):
         super().__init__(*args, task=task, **kwargs)
         self.units = units
         self.searcher = None
+        self.lm, self.lm_search, self.dev_loader = None, None, None
+        self.about: dict[str, Any] = {}  # what results.json says besides
 
     def compute_forward(self, batch, stage):
         """Log probabilities (batch, frames, units) and valid frames (batch,)."""
@@ -80,6 +87,9 @@ class CTCBrain(SSLBrain):
             self.ids += batch.id
             self.references += batch.wrd
             self.hypotheses += self.decode(log_probs, lengths, stage)
+            if stage == sb.Stage.TEST and self.lm_search is not None:
+                relative = lengths.to(log_probs.device) / log_probs.shape[1]
+                self.lm_hypotheses += self.lm_search(log_probs, relative)
         return self.mean_loss(losses.sum(), count, stage)
 
     def decode(self, log_probs, lengths, stage) -> list[str]:
@@ -98,23 +108,87 @@ class CTCBrain(SSLBrain):
         """Forget what was decoded before."""
         super().on_stage_start(stage, epoch)
         self.loss_total, self.loss_count = 0.0, 0
-        self.ids, self.references, self.hypotheses = [], [], []
+        self.ids, self.references, self.hypotheses, self.lm_hypotheses = [], [], [], []
 
     def scores(self, stage) -> dict[str, float]:
-        """WER and CER in percent, loss per unit; on test also writes what was recognised."""
+        """WER and CER in percent, loss per unit; on test also writes what was recognised.
+
+        With a language model also ``wer_lm`` and ``cer_lm`` on test.
+        """
         hypotheses = [" ".join(text.split()) for text in self.hypotheses]
-        scores = {
-            "loss": self.loss_total / max(self.loss_count, 1),
-            "wer": 100 * jiwer.wer(self.references, hypotheses),
-            "cer": 100 * jiwer.cer(self.references, hypotheses),
-        }
+        scores = {"loss": self.loss_total / max(self.loss_count, 1)}
+        scores |= error_rates(self.references, hypotheses)
+        texts = {"ref": self.references, "hyp": hypotheses}
+        if self.lm_hypotheses:
+            texts["lm "] = self.lm_hypotheses
+            rates = error_rates(self.references, self.lm_hypotheses)
+            scores |= {f"{name}_lm": value for name, value in rates.items()}
         if stage == sb.Stage.TEST and if_main_process():
-            lines = zip(self.ids, self.references, hypotheses, strict=True)
-            text = "".join(
-                f"{name}\n  ref {ref}\n  hyp {hyp}\n" for name, ref, hyp in sorted(lines)
-            )
+            lines = []
+            for name, *said in sorted(zip(self.ids, *texts.values(), strict=True)):
+                lines += [name, *(f"  {w} {t}" for w, t in zip(texts, said, strict=True))]
+            text = "\n".join(lines) + "\n"
             write_atomically(Path(self.hparams.output_folder) / f"test-{self.test_set}.txt", text)
         return scores
+
+    def test(self, test_sets: Mapping[str, DataLoader]) -> dict[str, dict[str, float]]:
+        """Score the best checkpoint; before, choose a language model's weights on dev."""
+        if self.lm is not None and test_sets and getattr(self.hparams, "testing", True):
+            self.on_evaluate_start(min_key=self.hparams.select_by)
+            self.lm_search = self.choose_weights(*self._some_of_dev())
+        return super().test(test_sets)
+
+    def _some_of_dev(self) -> tuple[list[torch.Tensor], list[str]]:
+        """Log probabilities (frames, units) and references, from all over dev."""
+        self.modules.eval()
+        found = []
+        with torch.no_grad():
+            for batch in self.dev_loader:
+                log_probs, lengths = self.compute_forward(batch, sb.Stage.VALID)
+                outputs = zip(log_probs.cpu(), lengths.tolist(), strict=True)
+                rows = [row[:count] for row, count in outputs]
+                found += zip(batch.id, rows, batch.wrd, strict=True)
+        found.sort(key=lambda one: one[0])
+        frames = sum(len(row) for _, row, _ in found)
+        allowed = 60 * self.hparams.lm_minutes * self.encoder.frame_rate
+        found = found[:: max(1, math.ceil(frames / allowed))]
+        return [row for _, row, _ in found], [text for _, _, text in found]
+
+    def choose_weights(self, outputs: Sequence[torch.Tensor], references: Sequence[str]) -> Fused:
+        """The search whose weights make the fewest errors; without the model if that is best."""
+        kind, name = self.hparams.lm, "wer" if self.hparams.select_by == "wer" else "cer"
+        pairs = itertools.product(self.hparams.lm_alpha, self.hparams.lm_beta)
+        best = None
+        for alpha, beta in [(0.0, 0.0), *pairs]:
+            search = Fused(self.lm, kind, self.units, alpha, beta, self.hparams.lm_beam)
+            texts = [search(row[None], torch.ones(1))[0] for row in outputs]
+            rates = error_rates(references, texts)
+            logger.info(f"language model on dev, alpha {alpha:g}, beta {beta:g}: {rates}")
+            if best is None or rates[name] < best[0][name]:
+                best = rates, {"alpha": alpha, "beta": beta}, search
+        rates, weights, search = best
+        self.about["lm"] = {
+            "kind": kind,
+            "order": self.lm.top_order,
+            "text": None if self.hparams.lm_text is None else str(self.hparams.lm_text),
+            **weights,
+            "dev_utterances": len(references),
+            "dev": rates,
+        }
+        return search
+
+    def results(self, test: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """Everything that ``results.json`` holds."""
+        return super().results(test) | self.about
+
+
+def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
+    """WER and CER in percent."""
+    references, hypotheses = list(references), list(hypotheses)
+    return {
+        "wer": 100 * jiwer.wer(references, hypotheses),
+        "cer": 100 * jiwer.cer(references, hypotheses),
+    }
 
 
 def train_ctc(
@@ -154,6 +228,10 @@ def train_ctc(
         if unknown:
             logger.warning(f"{name}: {unknown}; each counts as an error")
 
+    lm = None
+    if hparams["lm"] is not None:
+        order, text = hparams["lm_order"], hparams["lm_text"]
+        lm = model_for(hparams["lm"], order, transcripts(train_set), text, units)
     hparams = choose_layers(hparams, run_opts, CTCTask(units), train_set, dev_set)
     modules = build_modules(hparams, num_units=units.size)
     encoder = modules["encoder"]
@@ -164,6 +242,8 @@ def train_ctc(
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
+    if hparams["start_from"] is not None:
+        brain.about["start_from"] = start_from(brain.trained, units, hparams["start_from"])
     keep(hparams)
     if if_main_process():
         units.save(Path(hparams["output_folder"]) / "units")
@@ -172,4 +252,5 @@ def train_ctc(
     for dataset in everything:
         add_ctc_items(dataset, units, encoder.minimum_samples, cache)
     train_set = drop_unalignable(train_set, units, encoder.count_frames)
+    brain.lm, brain.dev_loader = lm, evaluation_loader(dev_set, hparams)
     return train_and_test(brain, hparams, train_set, dev_set, test_sets)

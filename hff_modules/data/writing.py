@@ -9,8 +9,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
+
+from hff_modules.data.manifest import read_rows
+from hff_modules.files import write_atomically
 
 logger = get_logger(__name__)
 
@@ -249,6 +253,39 @@ def clean_parts(
     if dropped:
         logger.info(f"{name}characters left out: {_counted(dropped)}")
     return cleaned
+
+
+def clean_text_file(
+    text: str | Path | None, target: str | Path, manifests: Iterable[str | Path], language: str
+) -> str | Path | None:
+    """Clean a text for a language model, by rules found in the training transcripts.
+
+    Arguments
+    ---------
+    text : str or path, optional
+        Sentences in lines. None, and ARPA files, come back as they are.
+    target : str or path
+        File to write.
+    manifests : iterable of str or path
+        Of the training part.
+    language : str
+        Its code.
+
+    Returns
+    -------
+    str, path or None
+        ``target``, if anything was cleaned.
+    """
+    if text is None or str(text).endswith(".arpa"):
+        return text
+    texts = [row["wrd"] for csv in manifests for row in read_rows(csv, "").values()]
+    writing = writing_of(texts, str(language))
+    with open(text, encoding="utf-8-sig") as file:
+        cleaned = [writing.clean(line) for line in file]
+    kept = [line for line in cleaned if writing.problem(line) is None]
+    logger.info(f"{text}: {len(kept)} of {len(cleaned)} lines are used for the language model")
+    write_atomically(target, "".join(f"{line}\n" for line in kept))
+    return target
 
 
 def describe_units(texts: Iterable[str], rare: int = 5) -> str:

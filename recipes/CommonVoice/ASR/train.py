@@ -1,48 +1,51 @@
 """CTC speech recognition on any language of Common Voice with any method of the project.
 
 python train.py hparams/fusion.yaml --data_folder /data/CommonVoice --language ml [--key value ...]
+python train.py hparams/fusion.yaml --data_folder /data/CommonVoice --language mt --few_shot true
 """
 
-import itertools
 from pathlib import Path
-from typing import Any
 
-import ruamel.yaml
 import speechbrain as sb
 from commonvoice_prepare import prepare_commonvoice
+from sources import train_sources
 from speechbrain.utils.distributed import run_on_main
 
 from hff_modules.brains import train_ctc
 from hff_modules.cli import run
-from hff_modules.config import load_config
+from hff_modules.config import METHODS, given, load_config
+from hff_modules.data.writing import clean_text_file
 
 BASE = Path(__file__).parent / "hparams" / "commonvoice.yaml"
-
-
-def given(argv: list[str], key: str) -> Any:
-    """The value of a key on the command line, None without: before any file is read."""
-    values = [value for name, value in itertools.pairwise(argv) if name == f"--{key}"]
-    return ruamel.yaml.YAML(typ="safe", pure=True).load(values[-1]) if values else None
+FEW_SHOT = METHODS / "base" / "few_shot.yaml"
 
 
 def main(argv: list[str]) -> dict:
     """Run one job; gives what ``results.json`` holds."""
+    if given(argv, "source_languages"):
+        argv = [*argv, "--start_from", str(train_sources(argv, main))]
+    if given(argv, "start_from") and given(argv, "frozen_epochs") is None:
+        argv = [*argv, "--frozen_epochs", "0"]  # this head knows the adapted encoder
     languages = given(argv, "language")
     if isinstance(languages, list) and given(argv, "dataset") is None:
         argv = [*argv, "--dataset", f"commonvoice-{'-'.join(map(str, languages))}"]
-    hparams, run_opts = load_config(argv, BASE)
-    sb.create_experiment_directory(hparams["output_folder"])
-    options = ("data_folder", "language", "max_minutes", "max_missing", "keep_harakat")
-    manifests = run_on_main(
-        prepare_commonvoice,
-        kwargs={key: hparams[key] for key in options}
-        | {"save_folder": Path(hparams["output_folder"]) / "manifests"},
+    hparams, run_opts = load_config(argv, [BASE, FEW_SHOT] if given(argv, "few_shot") else BASE)
+    output_folder = Path(hparams["output_folder"])
+    sb.create_experiment_directory(output_folder)
+    keys = ("data_folder", "language", "max_minutes", "max_missing", "keep_harakat")
+    options = {key: hparams[key] for key in keys}
+    options["save_folder"] = output_folder / "manifests"
+    manifests = run_on_main(prepare_commonvoice, kwargs=options)
+    train = [parts["train"] for parts in manifests.values()]
+    hparams["lm_text"] = run_on_main(
+        clean_text_file,
+        args=[hparams["lm_text"], output_folder / "lm_text.txt", train, hparams["language"]],
     )
     return train_ctc(
         hparams,
         run_opts,
         data_root=hparams["data_folder"],
-        train=[parts["train"] for parts in manifests.values()],
+        train=train,
         dev=[parts["dev"] for parts in manifests.values()],
         test={language: parts["test"] for language, parts in manifests.items()},
     )

@@ -1,0 +1,111 @@
+"""Start from what another run learned: adapters, fusion and head; output units matched by name.
+
+Intermediate adaptation for a new language: arXiv 2411.18217.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ruamel.yaml
+import torch
+from speechbrain.utils.logger import get_logger
+
+from hff_modules.checkpoint import (
+    MANIFEST,
+    TENSORS,
+    CheckpointError,
+    Trained,
+    TrainedCheckpointer,
+    differences,
+    read_tensors,
+)
+from hff_modules.data.text import Units, load_units
+
+logger = get_logger(__name__)
+
+ROWS = ("head.output.weight", "head.output.bias")  # one row for each unit
+
+
+def best_checkpoint(folder: str | Path) -> Path:
+    """The folder of the checkpoint that a run would be tested with.
+
+    Arguments
+    ---------
+    folder : str | Path
+        The output folder of the run.
+
+    Raises
+    ------
+    CheckpointError
+        It is no such folder, or holds no checkpoint yet.
+    """
+    folder = Path(folder)
+    config, save = folder / "config.yaml", folder / "save"
+    if not config.is_file() or not save.is_dir():
+        raise CheckpointError(
+            f"start_from {folder}: expected the output folder of a run, with config.yaml and save/"
+        )
+    chosen_by = ruamel.yaml.YAML().load(config.read_text(encoding="utf-8"))["select_by"]
+    found = TrainedCheckpointer(save).find_checkpoint(min_key=chosen_by)
+    if found is None:
+        raise CheckpointError(f"start_from {folder}: there is no checkpoint in {save}")
+    return found.path
+
+
+def start_from(trained: Trained, units: Units, folder: str | Path) -> dict[str, Any]:
+    """Copy what a run learned into the modules of another one.
+
+    Arguments
+    ---------
+    trained : Trained
+        The modules that start; a head's rows of units that the other run does not have stay.
+    units : CharUnits | SentencePieceUnits
+        Their units.
+    folder : str | Path
+        The output folder of the run to start from.
+
+    Returns
+    -------
+    dict[str, Any]
+        ``folder``, ``known_units`` and ``new_units`` (numbers), for ``results.json``.
+
+    Raises
+    ------
+    CheckpointError
+        The run had another encoder, other layers, another method, kind of units, or widths; says
+        every difference.
+    """
+    checkpoint = best_checkpoint(folder)
+    try:
+        saved = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        old = {unit: row for row, unit in enumerate(load_units(Path(folder) / "units").vocab_list)}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"start_from {folder}: cannot be read ({error})") from None
+    found = differences(_apart_from_units(saved), _apart_from_units(trained.manifest))
+    if found:
+        lines = "\n  ".join(found)
+        raise CheckpointError(f"start_from {folder}: that run was something else:\n  {lines}")
+    tensors, _ = read_tensors(checkpoint / f"trained{TENSORS}")
+    pairs = [(row, old[unit]) for row, unit in enumerate(units.vocab_list) if unit in old]
+    with torch.no_grad():
+        for name, tensor in trained.tensors().items():
+            if name not in ROWS:
+                tensor.copy_(tensors[name])
+                continue
+            for row, there in pairs:
+                tensor[row].copy_(tensors[name][there])
+    new = [unit for unit in units.vocab_list if unit not in old]
+    named = f"; new: {' '.join(new)}" if new else ""
+    logger.info(f"started from {checkpoint}: {len(pairs)} of {units.size} units known{named}")
+    return {"folder": str(folder), "known_units": len(pairs), "new_units": len(new)}
+
+
+def _apart_from_units(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same: all but which units there are, and so how many rows."""
+    tensors = {
+        name: shape[1:] if name in ROWS else shape for name, shape in manifest["tensors"].items()
+    }
+    kind = {"units": manifest["task"].get("units")}
+    return {**manifest, "task": kind, "tensors": tensors}

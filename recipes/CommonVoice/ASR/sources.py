@@ -1,0 +1,88 @@
+"""The first of two stages: adapters, fusion and head learn from other languages (arXiv 2411.18217).
+
+A folder of its own for each set of languages and options, so that many targets, seeds and methods
+of decoding start from the same one, also at the same time.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from hff_modules.config import given
+from hff_modules.plan import as_argument, as_folder
+
+# What is said of the new language, and of how it is learned; the rest holds for both stages.
+OF_TARGET = (
+    "language dataset source_languages source_options sources_folder start_from few_shot seed "
+    "output_folder max_minutes number_of_epochs frozen_epochs patience batch_seconds "
+    "max_batch_size testing decoding"
+).split()
+OF_TARGET_BEGIN = ("lr_", "lm")
+
+
+def train_sources(argv: Sequence[str], train: Callable[[list[str]], object]) -> Path:
+    """Train on the source languages together, unless that was done before.
+
+    Arguments
+    ---------
+    argv : sequence of str
+        The command line of the whole run, with ``--source_languages``.
+    train : callable
+        Takes a command line.
+
+    Returns
+    -------
+    Path
+        The output folder of that run.
+
+    Raises
+    ------
+    ValueError
+        The new language is one of its sources, or options that are none.
+    """
+    languages = given(argv, "source_languages")
+    options = given(argv, "source_options") or {}
+    if not isinstance(languages, list) or not languages or not isinstance(options, dict):
+        raise ValueError(
+            "source_languages: expected a list such as [ca, it], and source_options a mapping; "
+            f"got {languages!r}, {options!r}"
+        )
+    target = given(argv, "language")
+    shared = {target} & set(languages) if isinstance(target, str) else set()
+    if shared:
+        raise ValueError(f"source_languages: {min(shared)} is the language to be learned")
+    line = list(_without_target(argv))
+    for key, value in {"testing": False, **options, "language": languages}.items():
+        line += [f"--{key}", as_argument(value)]
+    name = hashlib.sha256("\n".join(line).encode()).hexdigest()[:8]
+    root = Path(given(argv, "sources_folder") or "results/sources")
+    folder = root / as_folder("-".join(languages)) / f"{Path(line[0]).stem}-{name}"
+    with _alone(folder):
+        if not (folder / "results.json").is_file():
+            train([*line, "--output_folder", str(folder)])
+    return folder
+
+
+def _without_target(argv: Sequence[str]) -> Iterator[str]:
+    values = False  # of a key that is left out
+    for word in argv:
+        if word.startswith("--"):
+            key = word.removeprefix("--")
+            values = key in (*OF_TARGET, "test_only") or key.startswith(OF_TARGET_BEGIN)
+        if not values:
+            yield word
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one run at a time train there; the processes of a distributed run are one run."""
+    if "RANK" in os.environ:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
