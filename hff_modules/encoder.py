@@ -227,6 +227,8 @@ class SSLEncoder(nn.Module):
         horizon = self.horizon
         if self.training and horizon != self._mode_horizon:
             self.train()
+        if wavs.dim() == 4 and horizon == self.top:
+            return self._all_restored(wavs, wav_lens)
         if wavs.dim() == 4:
             states, hidden, lengths, call = self._restore(wavs, wav_lens)
         else:
@@ -367,18 +369,28 @@ class SSLEncoder(nn.Module):
         return states, hidden.float(), lengths, call
 
     def _restore(self, stored, lens):
-        """From stored states to the horizon."""
+        """From stored states to the horizon, above which there is more to run."""
+        stored, lengths = self._unpacked(stored, lens)
+        by_layer = dict(zip(self.stored_layers, stored, strict=True))
+        states = {number: by_layer[number] for number in self.layers if number in by_layer}
+        hidden = by_layer[self.horizon]
+        return states, hidden, lengths, self._family.call_for(hidden, lengths)
+
+    def _all_restored(self, stored, lens):
+        """The selected states, which are the stored ones: nothing is left to run."""
+        states, lengths = self._unpacked(stored, lens)
+        return states[:, :, : int(lengths.max())], lengths
+
+    def _unpacked(self, stored, lens):
+        """States (num_stored, batch, frames, width), each in one piece, copied once."""
         if stored.shape[2] != len(self.stored_layers):
             raise ValueError(
                 f"{stored.shape[2]} stored states were given; those at and below the horizon are "
                 f"{self.stored_layers}"
             )
         lengths = (lens * stored.shape[1]).round().long()
-        by_layer = dict(zip(self.stored_layers, stored.float().unbind(2), strict=True))
-        states = {number: by_layer[number] for number in self.layers if number in by_layer}
-        hidden = by_layer[self.horizon]
-        call = self._family.call_for(hidden, lengths) if self.horizon < self.top else None
-        return states, hidden, lengths, call
+        by_layer = stored.permute(2, 0, 1, 3)
+        return by_layer.to(torch.float32, memory_format=torch.contiguous_format), lengths
 
     def manifest(self) -> dict:
         """What identifies this encoder in checkpoints and results; JSON-able."""

@@ -360,3 +360,33 @@ def test_loading_is_quiet(encoder_folder, capfd):
         SSLEncoder(encoder_folder, layers=[2, 4])
     out = capfd.readouterr()
     assert out.out == "" and "Loading" not in out.err
+
+
+WITH_A_CNN = [name for name in FAMILIES if name != "whisper" and not name.startswith("w2v-bert")]
+
+
+@pytest.mark.parametrize("name", WITH_A_CNN)
+def test_a_cnn_run_one_by_one_gives_what_it_gives_for_the_batch(name, make_encoder_folder):
+    encoder = SSLEncoder(make_encoder_folder(name), layers="all")
+    wavs, wav_lens = speech(9_000, SAMPLES, 7_001)
+    cnn, batches = encoder.model.feature_extractor, []
+    count = cnn.conv_layers[0].conv.register_forward_pre_hook(
+        lambda _, a: batches.append(len(a[0]))
+    )
+    one_by_one, lengths = encoder(wavs, wav_lens)
+    assert batches == [1, 1, 1]
+    count.remove()
+    cnn.conv_layers[0].conv.register_forward_hook(lambda *_: None)  # as adapters have them
+    together, _ = encoder(wavs, wav_lens)
+    for row, frames in enumerate(lengths.tolist()):
+        torch.testing.assert_close(
+            one_by_one[:, row, :frames], together[:, row, :frames], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_what_is_given_to_the_cnn_is_not_written_over(make_encoder_folder):
+    encoder = SSLEncoder(make_encoder_folder("wav2vec2-base"), layers=[2])
+    wavs, wav_lens = speech(SAMPLES, 9_000)
+    before = wavs.clone()
+    first, _ = encoder(wavs, wav_lens)
+    assert torch.equal(wavs, before) and torch.equal(encoder(wavs, wav_lens)[0], first)

@@ -171,3 +171,25 @@ def test_too_few_states_are_refused():
         HierarchicalConv(2, 12)
     with pytest.raises(ValueError, match="at least one state"):
         WeightedSum(0, 12)
+
+
+def test_norms_taken_into_the_first_maps_change_neither_features_nor_gradients():
+    torch.manual_seed(0)
+    fusion = HierarchicalFusion(num_states=3, input_size=12, hidden_size=8)
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    states = torch.randn(3, 2, 5, 12)
+
+    def run():
+        fusion.zero_grad()
+        features = fusion(states)
+        features.square().sum().backward()
+        return features.detach(), [p.grad.clone() for p in fusion.parameters()]
+
+    folded, gradients = run()
+    fusion.inputs = torch.nn.ModuleList(torch.nn.Sequential(*part) for part in fusion.inputs)
+    plain, expected = run()
+    torch.testing.assert_close(folded, plain, rtol=1e-5, atol=1e-6)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

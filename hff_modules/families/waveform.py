@@ -41,12 +41,49 @@ class MaskedGroupNorm(nn.GroupNorm):
                 row = super().forward(row[..., :length])
                 rows.append(nn.functional.pad(row, (0, hidden.shape[-1] - length)))
             return torch.cat(rows)
-        # In place: here the samples are hardly reduced, and a second copy of all utterances would
-        # be the highest peak of memory in a frozen encoder.
+        # In place: a second copy of all utterances would be the highest peak of memory.
         for row, length in zip(hidden.split(1), lengths.tolist(), strict=True):
             row[..., :length] = super().forward(row[..., :length])
             row[..., length:] = 0
         return hidden
+
+
+class InPlaceGELU(nn.Module):
+    """GELU that writes over its input where no gradient is asked for."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Any shape; what was given is lost without a graph."""
+        if torch.is_grad_enabled():
+            return nn.functional.gelu(hidden)
+        return torch.ops.aten.gelu_(hidden)
+
+
+def one_by_one(convolution: nn.Module, padding: Padding, wavs: torch.Tensor) -> torch.Tensor:
+    """Run a frozen CNN on (batch, samples), on a CPU utterance by utterance, without padding.
+
+    The first convolutions give much more than they read: one utterance of it is enough at a time.
+    As soon as anything in the CNN is trained or hooked, the batch goes through as it is.
+    """
+    forward = type(convolution).forward
+    altered = any(p.requires_grad for p in convolution.parameters()) or any(
+        layer.conv._forward_hooks for layer in convolution.conv_layers
+    )
+    if altered or wavs.requires_grad or wavs.device.type != "cpu":
+        return forward(convolution, wavs)
+    counts = padding.num_samples
+    padding.num_samples = None  # of the rows below, none is padded
+    with torch.no_grad():
+        lengths = [wavs.shape[1]] * len(wavs) if counts is None else counts.tolist()
+        longest = lengths.index(max(lengths))
+        first = forward(convolution, wavs[longest : longest + 1, : lengths[longest]])
+        given = first.new_zeros(len(wavs), *first.shape[1:])
+        for row, length in enumerate(lengths):
+            one = first
+            if row != longest:
+                one = forward(convolution, wavs[row : row + 1, :length])
+            given[row, :, : one.shape[-1]] = one[0]
+    padding.num_samples = counts
+    return given
 
 
 class WaveformFamily(Family):
@@ -60,6 +97,10 @@ class WaveformFamily(Family):
             first.layer_norm = MaskedGroupNorm(first.layer_norm, first.conv, self.padding)
         # Otherwise Hugging Face makes the waveform itself require a gradient in train mode.
         convolution._freeze_parameters()
+        convolution.forward = functools.partial(one_by_one, convolution, self.padding)
+        if model.config.feat_extract_activation == "gelu":
+            for layer in convolution.conv_layers:
+                layer.activation = InPlaceGELU()
 
     @property
     def never_trained(self) -> list[nn.Module]:  # noqa: D102
