@@ -35,6 +35,22 @@ def given(argv: Sequence[str], key: str) -> Any:
     return ruamel.yaml.YAML(typ="safe", pure=True).load(values[-1]) if values else None
 
 
+def switched_on(argv: Sequence[str], *keys: str) -> list[str]:
+    """A command line on which each of these keys that has no value has the value true.
+
+    Example
+    -------
+    >>> switched_on(["fusion", "--few_shot", "--seed", "1"], "few_shot")
+    ['fusion', '--few_shot', 'true', '--seed', '1']
+    """
+    line = []
+    for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
+        line.append(word)
+        if word.removeprefix("--") in keys and word.startswith("--") and after.startswith("--"):
+            line.append("true")
+    return line
+
+
 def load_config(
     argv: list[str], base: str | Path | Sequence[str | Path]
 ) -> tuple[dict[str, Any], Any]:

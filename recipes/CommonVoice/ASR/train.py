@@ -1,7 +1,7 @@
 """CTC speech recognition on any language of Common Voice with any method of the project.
 
 python train.py hparams/fusion.yaml --data_folder /data/CommonVoice --language ml [--key value ...]
-python train.py hparams/fusion.yaml --data_folder /data/CommonVoice --language mt --few_shot true
+python train.py hparams/fusion.yaml --data_folder /data/CommonVoice --language mt --few_shot
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from speechbrain.utils.distributed import run_on_main
 
 from hff_modules.brains import train_ctc
 from hff_modules.cli import run
-from hff_modules.config import METHODS, given, load_config
+from hff_modules.config import METHODS, given, load_config, switched_on
 from hff_modules.data.writing import clean_text_file
 
 BASE = Path(__file__).parent / "hparams" / "commonvoice.yaml"
@@ -22,6 +22,7 @@ FEW_SHOT = METHODS / "base" / "few_shot.yaml"
 
 def main(argv: list[str]) -> dict:
     """Run one job; gives what ``results.json`` holds."""
+    argv = switched_on(argv, "few_shot")
     if given(argv, "source_languages"):
         argv = [*argv, "--start_from", str(train_sources(argv, main))]
     if given(argv, "start_from") and given(argv, "frozen_epochs") is None:

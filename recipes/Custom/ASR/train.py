@@ -1,0 +1,48 @@
+"""CTC speech recognition on your own recordings with any method of the project.
+
+python train.py hparams/fusion.yaml --csv my.csv --check_only
+python train.py hparams/fusion.yaml --csv my.csv [--key value ...]
+"""
+
+from pathlib import Path
+
+import speechbrain as sb
+from custom_prepare import prepare_custom
+from speechbrain.utils.distributed import run_on_main
+
+from hff_modules.brains import train_ctc
+from hff_modules.cli import run
+from hff_modules.config import METHODS, given, load_config, switched_on
+from hff_modules.data.writing import clean_text_file
+
+BASE = Path(__file__).parent / "hparams" / "custom.yaml"
+FEW_SHOT = METHODS / "base" / "few_shot.yaml"
+
+
+def main(argv: list[str]) -> dict | None:
+    """Run one job; gives what ``results.json`` holds, None where only the data is checked."""
+    argv = switched_on(argv, "check_only", "few_shot")
+    hparams, run_opts = load_config(argv, [BASE, FEW_SHOT] if given(argv, "few_shot") else BASE)
+    output_folder = Path(hparams["output_folder"])
+    sb.create_experiment_directory(output_folder)
+    options = {key: hparams[key] for key in ("csv", "language", "max_bad_share", "keep_harakat")}
+    options["save_folder"] = output_folder / "manifests"
+    manifests, data_root = run_on_main(prepare_custom, kwargs=options)
+    if hparams["check_only"]:
+        return None
+    train, language = [manifests["train"]], hparams["language"]
+    hparams["lm_text"] = run_on_main(
+        clean_text_file, args=[hparams["lm_text"], output_folder / "lm_text.txt", train, language]
+    )
+    return train_ctc(
+        hparams,
+        run_opts,
+        data_root=data_root,
+        train=train,
+        dev=[manifests["dev"]],
+        test={"test": manifests["test"]} if "test" in manifests else {},
+    )
+
+
+if __name__ == "__main__":
+    run(main)
