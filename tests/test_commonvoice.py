@@ -139,6 +139,8 @@ def test_minutes_are_drawn_from_all_speakers_the_same_ones_every_time(data, save
     again = prepare_commonvoice(data, save.with_name("again"), "fr", max_minutes=1.5 / 60)
     assert again["fr"]["train"].read_text() == path.read_text()
     assert len(rows(data, save, part="dev", max_minutes=1.5 / 60)) == 6, "train alone is cut"
+    assert len(rows(data, save, part="dev", max_dev_minutes=1 / 60)) == 2
+    assert len(rows(data, save, max_dev_minutes=1 / 60)) == 6
     with pytest.raises(ValueError, match="max_minutes: expected minutes above 0, got 0"):
         rows(data, save, max_minutes=0)
 

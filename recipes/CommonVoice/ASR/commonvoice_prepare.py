@@ -6,7 +6,7 @@ and sentence; no quoting) and ``clips``. Clips may have another ending than the 
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
@@ -35,6 +35,7 @@ def prepare_commonvoice(
     save_folder: str | os.PathLike,
     language: str | Sequence[str],
     max_minutes: float | None = None,
+    max_dev_minutes: float | None = None,
     max_missing: float = 0.05,
     keep_harakat: bool = False,
 ) -> dict[str, dict[str, Path]]:
@@ -49,6 +50,8 @@ def prepare_commonvoice(
         Names of folders in ``data_folder``.
     max_minutes : float, optional
         Train on about so much of each language: one clip of each speaker in turn, without chance.
+    max_dev_minutes : float, optional
+        The same for dev, which is scored after every epoch.
     max_missing : float
         Share of a part's clips that may be absent; another such share may be unreadable.
     keep_harakat : bool
@@ -70,8 +73,10 @@ def prepare_commonvoice(
         raise ValueError(f"language: expected a folder's name or a list of them, got {language!r}")
     if not languages or len(set(languages)) < len(languages):
         raise ValueError(f"language: expected names that differ, got {languages}")
-    if max_minutes is not None and max_minutes <= 0:
-        raise ValueError(f"max_minutes: expected minutes above 0, got {max_minutes}")
+    limits = {"train": max_minutes, "dev": max_dev_minutes}
+    for key, minutes in {"max_minutes": max_minutes, "max_dev_minutes": max_dev_minutes}.items():
+        if minutes is not None and minutes <= 0:
+            raise ValueError(f"{key}: expected minutes above 0, got {minutes}")
     root = Path(data_folder).absolute()
     known = _languages(root)
     absent = [name for name in languages if name not in known]
@@ -80,9 +85,9 @@ def prepare_commonvoice(
         raise FileNotFoundError(
             f"language {', '.join(absent)}: no such folder with a train.tsv in {root}; {there}"
         )
-    options = {"max_minutes": max_minutes, "max_missing": max_missing, "keep_harakat": keep_harakat}
+    options = (limits, max_missing, keep_harakat)
     return {
-        name: _prepare_language(root, Path(save_folder) / name, name, **options)
+        name: _prepare_language(root, Path(save_folder) / name, name, *options)
         for name in languages
     }
 
@@ -97,7 +102,7 @@ def _prepare_language(
     root: Path,
     save_folder: Path,
     language: str,
-    max_minutes: float | None,
+    limits: Mapping[str, float | None],
     max_missing: float,
     keep_harakat: bool,
 ) -> dict[str, Path]:
@@ -141,14 +146,20 @@ def _prepare_language(
         for part, rows in parts.items()
     }
     manifests = write_parts(root, save_folder, made, ("wrd",), max_missing, "max_missing")
-    rows = [{"ID": ID, **row} for ID, row in read_rows(manifests["train"], DATA_ROOT).items()]
-    if max_minutes is not None:
-        rows = choose_subset(rows, max_minutes / 60)
-        manifests["train"] = save_folder / f"train-{max_minutes:g}min.csv"
-        write_manifest(manifests["train"], rows)
-        logger.info(f"{manifests['train']}: {summarize_manifest(manifests['train'])}")
-    logger.info(f"{language}: {describe_units(row['wrd'] for row in rows)}")
+    for part, minutes in limits.items():
+        if minutes is not None:
+            manifests[part] = _limited(manifests[part], minutes)
+    train = read_rows(manifests["train"], DATA_ROOT).values()
+    logger.info(f"{language}: {describe_units(row['wrd'] for row in train)}")
     return manifests
+
+
+def _limited(manifest: Path, minutes: float) -> Path:
+    rows = [{"ID": ID, **row} for ID, row in read_rows(manifest, DATA_ROOT).items()]
+    path = manifest.with_name(f"{manifest.stem}-{minutes:g}min.csv")
+    write_manifest(path, choose_subset(rows, minutes / 60))
+    logger.info(f"{path}: {summarize_manifest(path)}")
+    return path
 
 
 def _refuse_twice(rows: Sequence[dict[str, str]], table: Path) -> None:

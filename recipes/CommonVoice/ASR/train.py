@@ -33,8 +33,8 @@ def main(argv: list[str]) -> dict:
     hparams, run_opts = load_config(argv, [BASE, FEW_SHOT] if given(argv, "few_shot") else BASE)
     output_folder = Path(hparams["output_folder"])
     sb.create_experiment_directory(output_folder)
-    keys = ("data_folder", "language", "max_minutes", "max_missing", "keep_harakat")
-    options = {key: hparams[key] for key in keys}
+    keys = "data_folder language max_minutes max_dev_minutes max_missing keep_harakat"
+    options = {key: hparams[key] for key in keys.split()}
     options["save_folder"] = output_folder / "manifests"
     manifests = run_on_main(prepare_commonvoice, kwargs=options)
     train = [parts["train"] for parts in manifests.values()]
