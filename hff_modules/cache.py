@@ -25,12 +25,15 @@ from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
 from hff_modules.data.audio import read_audio
+from hff_modules.data.speed import change_speed
 from hff_modules.files import write_atomically
 
 logger = get_logger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 _FORMAT = 1
+WORTH_SAYING = 300.0  # seconds of speech above which the time is foretold
+Variant = tuple[str, float]  # an audio file and its speed
 
 
 class CacheError(ValueError):
@@ -84,22 +87,25 @@ class StateCache:
             write_atomically(self.folder / "key.json", text + "\n")
         self.digests = AudioDigests(Path(folder) / "audio.json")
 
-    def path(self, wav: str | Path) -> Path:
-        """Where the states of an audio file are, or would be."""
+    def path(self, wav: str | Path, speed: float = 1.0) -> Path:
+        """Where the states of an audio file, at this speed, are or would be."""
         digest = self.digests.of(wav)
-        return self.folder / digest[:2] / f"{digest}.safetensors"
+        variant = "" if speed == 1 else f"-{round(100 * speed)}"
+        return self.folder / digest[:2] / f"{digest}{variant}.safetensors"
 
-    def missing(self, wavs: Iterable[str | Path]) -> list[str]:
-        """Those audio files whose states are not here yet."""
-        return [str(wav) for wav in wavs if not self.path(wav).exists()]
+    def missing(self, wavs: Iterable[str | Path], speed: float = 1.0) -> list[str]:
+        """Those audio files whose states at this speed are not here yet."""
+        return [str(wav) for wav in wavs if not self.path(wav, speed).exists()]
 
-    def read(self, wav: str | Path) -> torch.Tensor:
+    def read(self, wav: str | Path, speed: float = 1.0) -> torch.Tensor:
         """Give the states of one utterance.
 
         Arguments
         ---------
         wav : str | Path
             Audio file.
+        speed : float
+            1.0 is the speech as it is.
 
         Returns
         -------
@@ -111,7 +117,7 @@ class StateCache:
         CacheError
             It is not here, or its file is damaged.
         """
-        path = self.path(wav)
+        path = self.path(wav, speed)
         try:
             entry = load_file(path)
         except FileNotFoundError:
@@ -132,6 +138,7 @@ class StateCache:
         seconds: Sequence[float],
         batch_seconds: float = 60.0,
         progress: bool = True,
+        speeds: Sequence[float] | None = None,
     ) -> dict[str, float]:
         """Compute what is missing, short utterances first.
 
@@ -148,6 +155,8 @@ class StateCache:
             Longest batch, padding included.
         progress : bool
             Show a bar.
+        speeds : Sequence[float], optional
+            Of each; 1.0 by default.
 
         Returns
         -------
@@ -159,11 +168,19 @@ class StateCache:
         CacheError
             The disk or ``max_gigabytes`` is too small; said before anything is computed.
         """
-        if self.missing(wavs) and not self._use_superset(wavs):
+        speeds = [1.0] * len(wavs) if speeds is None else speeds
+        wanted = {
+            (str(wav), float(speed)): long / speed
+            for wav, long, speed in zip(wavs, seconds, speeds, strict=True)
+        }
+        if self._absent(wanted) and not self._use_superset(wanted):
             with self._alone():  # two runs that start together do not compute the same twice
-                return self._fill(wavs, seconds, batch_seconds, progress)
+                return self._fill(wanted, batch_seconds, progress)
         self.digests.save()
         return {"utterances": 0, "seconds": 0.0, "gigabytes": 0.0}
+
+    def _absent(self, wanted: Iterable[Variant]) -> list[Variant]:
+        return [variant for variant in wanted if not self.path(*variant).exists()]
 
     @contextlib.contextmanager
     def _alone(self):
@@ -173,37 +190,49 @@ class StateCache:
             fcntl.flock(file, fcntl.LOCK_EX)  # falls with the process, however it ends
             yield
 
-    def _fill(self, wavs, seconds, batch_seconds, progress) -> dict[str, float]:
-        absent = set(self.missing(wavs))
-        todo = {str(w): s for w, s in zip(wavs, seconds, strict=True) if str(w) in absent}
+    def _fill(self, wanted, batch_seconds, progress) -> dict[str, float]:
+        todo = {variant: wanted[variant] for variant in self._absent(wanted)}
         self.digests.save()
-        if not todo or self._use_superset(wavs):
+        if not todo or self._use_superset(wanted):
             return {"utterances": 0, "seconds": 0.0, "gigabytes": 0.0}
-        hours, gigabytes = sum(todo.values()) / 3600, self.gigabytes(todo.values())
-        self._check_space(gigabytes, hours)
-        logger.info(
-            f"caching states {self.layers} of {len(todo)} utterances ({hours:.2f} h): about "
-            f"{gigabytes:.2f} GB in {self.folder}"
-        )
-        start, mode = time.perf_counter(), self.encoder.training
+        total, gigabytes = sum(todo.values()), self.gigabytes(todo.values())
+        self._check_space(gigabytes, total / 3600)
+        mode = self.encoder.training
         self.encoder.eval()
         bar = tqdm(
-            total=round(sum(todo.values())),
+            total=round(total),
             unit=" s of speech",
             desc="caching",
             disable=None if progress else True,  # None: a bar in a terminal, nothing in a log file
         )
+        start = time.perf_counter()
         try:
+            logger.info(
+                f"caching states {self.layers} of {len(todo)} utterances ({total / 3600:.2f} h): "
+                f"about {gigabytes:.2f} GB in {self.folder}{self._about_time(total)}"
+            )
             for batch in _batches(todo, batch_seconds):
                 self._compute(batch)
-                bar.update(round(sum(todo[wav] for wav in batch)))
+                bar.update(round(sum(todo[variant] for variant in batch)))
         finally:
             bar.close()
             self.encoder.train(mode)
         spent = time.perf_counter() - start
         return {"utterances": len(todo), "seconds": round(spent, 2), "gigabytes": gigabytes}
 
-    def _use_superset(self, wavs: Sequence[str | Path]) -> bool:
+    def _about_time(self, seconds: float) -> str:
+        """Foretell how long it takes, from some seconds of noise; not for what is soon done."""
+        if seconds < WORTH_SAYING:
+            return ""
+        noise = 0.1 * torch.randn(1, 5 * 16000, generator=torch.Generator().manual_seed(0))
+        noise = noise.to(self._device())
+        self.encoder.encode(noise[:, :16000])
+        start = time.perf_counter()
+        float(self.encoder.encode(noise)[0].sum())  # waits for a GPU
+        minutes = (time.perf_counter() - start) / 5 * seconds / 60
+        return f", about {minutes:.1f} minutes"
+
+    def _use_superset(self, wanted: Iterable[Variant]) -> bool:
         """Read from a place that holds these layers, and others, of all these utterances."""
         for path in sorted(self.folder.parent.glob("*/key.json")):
             try:
@@ -215,7 +244,7 @@ class StateCache:
             if not same or not self.key["weights"].items() <= weights.items():
                 continue
             own, self.folder = self.folder, path.parent
-            if not self.missing(wavs):
+            if not self._absent(wanted):
                 stored = sorted(map(int, weights))
                 self.columns = [stored.index(layer) for layer in self.layers]
                 return True
@@ -244,17 +273,18 @@ class StateCache:
                     f"{self.max_gigabytes:g} GB"
                 )
 
-    def _compute(self, wavs: Sequence[str]) -> None:
-        signals = [read_audio(wav) for wav in wavs]
+    def _device(self) -> torch.device:
+        return next(itertools.chain(self.encoder.parameters(), self.encoder.buffers())).device
+
+    def _compute(self, variants: Sequence[Variant]) -> None:
+        signals = [change_speed(read_audio(wav), speed) for wav, speed in variants]
         shortest = self.encoder.minimum_samples
         signals = [torch.nn.functional.pad(s, (0, max(0, shortest - len(s)))) for s in signals]
         lengths = torch.tensor([len(signal) for signal in signals])
-        batch = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True)
-        tensors = itertools.chain(self.encoder.parameters(), self.encoder.buffers())
-        device = next(tensors).device
-        stored, frames = self.encoder.encode(batch.to(device), (lengths / lengths.max()).to(device))
-        for wav, states, count in zip(wavs, stored.cpu(), frames.tolist(), strict=True):
-            write_atomically(self.path(wav), save(_pack(states[:count], self.dtype)))
+        batch = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True).to(self._device())
+        stored, frames = self.encoder.encode(batch, (lengths / lengths.max()).to(batch.device))
+        for variant, states, count in zip(variants, stored.cpu(), frames.tolist(), strict=True):
+            write_atomically(self.path(*variant), save(_pack(states[:count], self.dtype)))
 
 
 def _pack(states: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
@@ -272,13 +302,13 @@ def as_stored(states: torch.Tensor, dtype: str) -> torch.Tensor:
     return packed["states"].float() * packed.get("scale", 1)
 
 
-def _batches(seconds: dict[str, float], batch_seconds: float) -> Iterable[list[str]]:
-    batch: list[str] = []
-    for wav in sorted(seconds, key=seconds.get):
-        if batch and seconds[wav] * (len(batch) + 1) > batch_seconds:
+def _batches(seconds: dict[Variant, float], batch_seconds: float) -> Iterable[list[Variant]]:
+    batch: list[Variant] = []
+    for variant in sorted(seconds, key=seconds.get):
+        if batch and seconds[variant] * (len(batch) + 1) > batch_seconds:
             yield batch
             batch = []
-        batch.append(wav)
+        batch.append(variant)
     yield batch
 
 

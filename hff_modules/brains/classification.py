@@ -24,6 +24,7 @@ from hff_modules.data.loading import (
     find_labels,
     read_speech,
 )
+from hff_modules.data.speed import vary_speed
 from hff_modules.files import write_atomically
 from hff_modules.probes import LabelTask
 
@@ -169,6 +170,7 @@ def train_classification(
     )
     text = json.dumps(labels, indent=1, ensure_ascii=False) + "\n"
     keep(hparams, **{"labels.json": text})
+    vary_speed(datasets["train"], hparams)
     cache = brain.head_first.filled_cache(hparams, datasets.values())
     for dataset in datasets.values():
         add_label_items(dataset, labels, modules["encoder"].minimum_samples, cache)

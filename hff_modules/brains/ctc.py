@@ -27,6 +27,7 @@ from hff_modules.data.loading import (
     read_speech,
     transcripts,
 )
+from hff_modules.data.speed import vary_speed
 from hff_modules.data.text import Units, build_units
 from hff_modules.files import write_atomically
 from hff_modules.ngram import Fused, model_for
@@ -248,6 +249,7 @@ def train_ctc(
     if if_main_process():
         units.save(Path(hparams["output_folder"]) / "units")
     everything = [train_set, dev_set, *test_sets.values()]
+    vary_speed(train_set, hparams)
     cache = brain.head_first.filled_cache(hparams, everything)
     for dataset in everything:
         add_ctc_items(dataset, units, encoder.minimum_samples, cache)

@@ -15,7 +15,7 @@ import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 
 from hff_modules.cache import StateCache
-from hff_modules.data.loading import filled_cache, read_signal
+from hff_modules.data.loading import end_if_only_filled, filled_cache, read_signal
 from hff_modules.encoder import SSLEncoder
 
 
@@ -81,9 +81,11 @@ class HeadFirst:
         datasets = list(datasets)
         cache = filled_cache(hparams, self.encoder, datasets)
         if not self.epochs:
+            end_if_only_filled(hparams, cache)
             return cache
         with self.waits():
             plain = filled_cache(hparams, self.encoder, datasets)
+        end_if_only_filled(hparams, plain, cache)
         return SwitchedCache(self, plain, cache)
 
 
@@ -100,9 +102,9 @@ class SwitchedCache:
     def __init__(self, head_first: HeadFirst, plain: StateCache | None, joined: StateCache | None):
         self.head_first, self.plain, self.joined = head_first, plain, joined
 
-    def read(self, wav: str | Path) -> torch.Tensor:
+    def read(self, wav: str | Path, speed: float = 1.0) -> torch.Tensor:
         """Stored states (frames, num_stored, width), or samples (samples,)."""
         cache = self.plain if self.head_first.waiting else self.joined
         if cache is not None:
-            return cache.read(wav)
-        return read_signal(wav, self.head_first.encoder.minimum_samples)
+            return cache.read(wav, speed)
+        return read_signal(wav, self.head_first.encoder.minimum_samples, speed)

@@ -26,6 +26,7 @@ from hff_modules.auto_layers import choose_layers
 from hff_modules.brains.base import SSLBrain
 from hff_modules.brains.job import build_modules, evaluation_loader, keep, train_and_test
 from hff_modules.data.loading import add_label_items, add_signal, read_speech
+from hff_modules.data.speed import vary_speed
 from hff_modules.data.trials import Trial, read_trials
 from hff_modules.files import write_atomically
 from hff_modules.probes import LabelTask
@@ -249,6 +250,7 @@ def train_speaker(
     )
     keep(hparams)
     encoder = modules["encoder"]
+    vary_speed(train_set, hparams)
     cache = brain.head_first.filled_cache(hparams, [train_set, *evaluated.values()])
     add_label_items(train_set, {"spk_id": speakers}, encoder.minimum_samples, cache)
     for dataset in evaluated.values():

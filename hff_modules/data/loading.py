@@ -1,5 +1,6 @@
 """From manifests to batches: signals, targets, dynamic batching; nothing that CTC cannot align."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from speechbrain.utils.logger import get_logger
 from hff_modules.cache import StateCache
 from hff_modules.data.audio import read_audio
 from hff_modules.data.manifest import COLUMNS, read_rows
+from hff_modules.data.speed import change_speed, speeds_of
 from hff_modules.data.text import Units
 
 logger = get_logger(__name__)
@@ -73,12 +75,38 @@ def filled_cache(
     cache = StateCache(
         hparams["cache"], encoder, hparams["cache_dtype"], hparams["cache_gigabytes"]
     )
-    rows = [dataset.data[name] for dataset in datasets for name in dataset.data_ids]
-    wavs, seconds = [row["wav"] for row in rows], [row["duration"] for row in rows]
-    run_on_main(cache.fill, args=[wavs, seconds, hparams["batch_seconds"]])
+    wanted = [
+        (dataset.data[name]["wav"], dataset.data[name]["duration"], speed)
+        for dataset in datasets
+        for speed in speeds_of(dataset)
+        for name in dataset.data_ids
+    ]
+    wavs, seconds, speeds = zip(*wanted, strict=True)
+    options = {"batch_seconds": hparams["batch_seconds"], "speeds": speeds}
+    run_on_main(cache.fill, args=[wavs, seconds], kwargs=options)
     if not if_main_process():
-        cache.fill(wavs, seconds)  # nothing is missing any more: finds out where to read
+        cache.fill(wavs, seconds, speeds=speeds)  # nothing is missing: finds out where to read
     return cache
+
+
+def end_if_only_filled(hparams: Mapping[str, Any], *caches: StateCache | None) -> None:
+    """End the process here if ``fill_only`` asks for stored states and nothing else.
+
+    Raises
+    ------
+    ValueError
+        There is no cache, or nothing to keep in it.
+    """
+    if not hparams.get("fill_only", False):
+        return
+    filled = [cache for cache in caches if cache is not None]
+    if not filled:
+        reason = "training reaches the front end" if hparams["cache"] else "cache is null"
+        raise ValueError(f"fill_only: there is nothing to store, as {reason}")
+    if if_main_process():
+        for cache in filled:
+            print(f"states {cache.layers} are in {cache.folder}")
+    sys.exit(0)
 
 
 def transcripts(dataset: DynamicItemDataset) -> list[str]:
@@ -86,9 +114,9 @@ def transcripts(dataset: DynamicItemDataset) -> list[str]:
     return [dataset.data[name]["wrd"] for name in dataset.data_ids]
 
 
-def read_signal(wav: str | Path, minimum_samples: int) -> torch.Tensor:
+def read_signal(wav: str | Path, minimum_samples: int, speed: float = 1.0) -> torch.Tensor:
     """Read samples (samples,), with silence behind them if they are fewer than the minimum."""
-    samples = read_audio(wav, SAMPLE_RATE)
+    samples = change_speed(read_audio(wav, SAMPLE_RATE), speed)
     missing = minimum_samples - len(samples)
     return torch.nn.functional.pad(samples, (0, missing)) if missing > 0 else samples
 
@@ -110,11 +138,15 @@ def add_signal(
     cache : StateCache, optional
         Filled with the states of these utterances.
     """
+    choice = getattr(dataset, "speeds", None)  # of vary_speed
 
-    def signal(wav: str) -> torch.Tensor:
-        return read_signal(wav, minimum_samples) if cache is None else cache.read(wav)
+    def signal(wav: str, name: str) -> torch.Tensor:
+        speed = 1.0 if choice is None else choice.of(name)
+        if cache is None:
+            return read_signal(wav, minimum_samples, speed)
+        return cache.read(wav, speed)
 
-    dataset.add_dynamic_item(signal, takes="wav", provides="signal")
+    dataset.add_dynamic_item(signal, takes=["wav", "id"], provides="signal")
     dataset.set_output_keys(["id", "duration", "signal"])
 
 
@@ -266,7 +298,8 @@ def drop_unalignable(
         Nothing remains.
     """
     names = dataset.data_ids
-    samples = [round(dataset.data[name]["duration"] * SAMPLE_RATE) for name in names]
+    rate = SAMPLE_RATE / max(speeds_of(dataset))  # at its fastest it has the fewest frames
+    samples = [round(dataset.data[name]["duration"] * rate) for name in names]
     frames = count_frames(torch.tensor(samples)).tolist()
     kept, dropped = [], []
     for name, available in zip(names, frames, strict=True):
