@@ -3,28 +3,33 @@
 python benchmarks/training_step.py [--shape wav2vec2-base] [--batch 2] [--seconds 5] [--device cpu]
 
 Every row is a process of its own that builds the encoder with random weights (speed does not depend
-on them), takes steps of forward, CTC loss, backward and AdamW, and reports the median step and the
-peak of memory above that of the loaded model. Ratios are against full
-fine-tuning as SpeechBrain's own recipes do it: its wav2vec 2.0 wrapper with
-``freeze_feature_extractor=True``. Peers are used as their documentation shows.
+on them), takes steps of forward, CTC loss, backward and AdamW, and reports the median step; on a
+CPU another process, in which freed memory is given back at once, reports the peak of memory above
+that of the loaded model. Ratios are against full fine-tuning as SpeechBrain's own recipes do it:
+its wrapper with ``freeze_feature_extractor=True``. Peers are used as their documentation shows,
+with AdamW's defaults; our rows have the fused one of ``hparams/base/common.yaml``. w2v-BERT's log-
+mels are given to peers that do not compute them.
 """
 
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
 
-from hff_modules import HierarchicalFusion, SSLEncoder, WeightedSum, adapters
+from hff_modules import HierarchicalFusion, SSLEncoder, WeightedSum, adapters, plots
+from hff_modules.cli import run
+from hff_modules.frontend import KaldiLogMel
 from hff_modules.measure import Meter, versions, write_results
 
 CONFIGS = {
@@ -42,6 +47,8 @@ CONFIGS = {
 }
 UNITS = 32
 BASELINE = "SpeechBrain full fine-tuning"
+# glibc otherwise keeps some of what is freed, and the peak depends on chance.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 class Step(nn.Module):
@@ -117,14 +124,14 @@ def trunk_alone(layers) -> Callable:
         model = transformers.AutoModel.from_pretrained(_with_weights(folder)).eval()
         model.requires_grad_(False)
         model.encoder.layers = model.encoder.layers[: max(layers)]
-        return OfHuggingFace(model, frozen=True), (wavs,)
+        return OfHuggingFace(model, frozen=True), inputs_for(folder, wavs)
 
     return build
 
 
 def speechbrain_full(folder: Path, wavs: torch.Tensor):
     """SpeechBrain's wrapper as its wav2vec 2.0 recipes use it."""
-    encoder = _speechbrain_wrapper(folder, freeze=False, freeze_feature_extractor=True)
+    encoder = _speechbrain_wrapper(folder)
     return Step(encoder, nn.Identity(), encoder.config.hidden_size), (wavs,)
 
 
@@ -151,7 +158,7 @@ def speechbrain_weighted_sum(folder: Path, wavs: torch.Tensor):
     from speechbrain.integrations.huggingface.weighted_ssl import WeightedSSLModel
 
     encoder = WeightedSSLModel(str(_with_weights(folder)), str(folder), freeze=True)
-    return Step(encoder, nn.Identity(), encoder.config.hidden_size), (wavs,)
+    return Step(encoder, nn.Identity(), encoder.config.hidden_size), inputs_for(folder, wavs)
 
 
 def peft_lora(folder: Path, wavs: torch.Tensor):
@@ -161,7 +168,8 @@ def peft_lora(folder: Path, wavs: torch.Tensor):
     model = transformers.AutoModel.from_pretrained(_with_weights(folder))
     targets = ["q_proj", "v_proj", "linear_q", "linear_v"]
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=targets))
-    return Step(OfHuggingFace(model), nn.Identity(), model.config.hidden_size), (wavs,)
+    step = Step(OfHuggingFace(model), nn.Identity(), model.config.hidden_size)
+    return step, inputs_for(folder, wavs)
 
 
 def s3prl_weighted_sum(folder: Path, wavs: torch.Tensor):
@@ -169,19 +177,32 @@ def s3prl_weighted_sum(folder: Path, wavs: torch.Tensor):
     model = transformers.AutoModel.from_pretrained(_with_weights(folder)).eval()
     size = model.config.hidden_size
     fusion = WeightedSum(model.config.num_hidden_layers + 1, size)
-    return Step(OfHuggingFace(model, every_state=True, frozen=True), fusion, size), (wavs,)
+    step = Step(OfHuggingFace(model, every_state=True, frozen=True), fusion, size)
+    return step, inputs_for(folder, wavs)
 
 
-def _speechbrain_wrapper(folder: Path, **settings):
+def inputs_for(folder: Path, wavs: torch.Tensor) -> tuple[torch.Tensor]:
+    """What a Hugging Face model reads: samples, or the log-mels of its feature extractor."""
+    if transformers.AutoConfig.from_pretrained(folder).model_type != "wav2vec2-bert":
+        return (wavs,)
+    num_samples = torch.full((len(wavs),), wavs.shape[1], device=wavs.device)
+    return (KaldiLogMel().to(wavs.device)(wavs, num_samples)[0],)
+
+
+def _speechbrain_wrapper(folder: Path):
+    from speechbrain.integrations.huggingface.w2v_bert import W2VBert
     from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 
-    return Wav2Vec2(str(_with_weights(folder)), str(folder), **settings)
+    names = str(_with_weights(folder)), str(folder)
+    if transformers.AutoConfig.from_pretrained(folder).model_type == "wav2vec2-bert":
+        return W2VBert(*names, freeze=False)  # there is no CNN to freeze
+    return Wav2Vec2(*names, freeze=False, freeze_feature_extractor=True)
 
 
 def _speechbrain_adapted(folder, wavs, kind, layers, settings):
     from speechbrain.nnet.adapters import AdaptedModel
 
-    encoder = _speechbrain_wrapper(folder, freeze=False, freeze_feature_extractor=True)
+    encoder = _speechbrain_wrapper(folder)
     size = encoder.config.hidden_size
     adapted = AdaptedModel(encoder, kind, target_layers=layers, adapter_kwargs=settings)
     return Step(adapted, nn.Identity(), size), (wavs,)
@@ -214,9 +235,25 @@ ROWS: dict[str, Callable] = {
     "TPA in 7-9, cut at 9": ours([9], {"tpa": {**TPA, "layers": "last:3"}}),
     "TPA in 7-9, warm cache": ours([9], {"tpa": {**TPA, "layers": "last:3"}}, warm=True),
     "LoRA (r=8)": ours("last:1", {"lora": {}}),
+    "prefix (n=16)": ours("last:1", {"prefix": {}}),
     "BitFit": ours("last:1", {"bitfit": {}}),
     "our full fine-tuning": ours("last:1", {"full": {}}),
 }
+
+# Whose work a row of ours does; a dash where no peer can: the prefixes of PEFT need a cache of past
+# keys, which encoders do not have.
+PEERS = {
+    "fusion [3,6,9]": ["SpeechBrain weighted sum, frozen", "s3prl-style weighted sum, frozen"],
+    "Houlsby everywhere": ["SpeechBrain Houlsby (r=256)"],
+    "LoRA (r=8)": ["SpeechBrain LoRA (r=8)", "PEFT LoRA (r=8)"],
+    "prefix (n=16)": [],
+    "our full fine-tuning": [BASELINE],
+}
+
+
+def is_ours(row: str) -> bool:
+    """Whether a row runs our code."""
+    return ROWS[row].__qualname__.startswith("ours.")
 
 
 def measure(row: str, folder: Path, batch: int, seconds: float, device: str, steps: int) -> dict:
@@ -235,7 +272,8 @@ def measure(row: str, folder: Path, batch: int, seconds: float, device: str, ste
     for parameter in model.parameters():  # mapped files are not in memory until they are touched
         parameter.data = parameter.data.clone()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+    fused = {"fused": True} if is_ours(row) else {}
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, **fused) if trained else None
     gc.collect()
     meter.reset_peak()
     meter.read_peak()
@@ -260,39 +298,87 @@ def measure(row: str, folder: Path, batch: int, seconds: float, device: str, ste
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Markdown: speed and memory against the baseline; a row that failed says why."""
-    base = rows.get(BASELINE, {})
-    lines = ["| what | step ms | speed | memory MB | memory | trained |", "| --- " * 6 + "|"]
+    """Markdown: speed and memory against the baseline and peers; a row that failed says why."""
+    heads = [
+        "what",
+        "step ms",
+        "speed",
+        "memory MB",
+        "memory",
+        "trained",
+        "speed / memory of peers",
+    ]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for name, row in rows.items():
         if "error" in row:
-            lines.append(f"| {name} | failed: {row['error']} | | | | |")
+            lines.append(f"| {name} | failed: {row['error']} |{' |' * (len(heads) - 2)}")
             continue
-        speed = memory = ""
-        if "step_seconds" in base:
-            speed = f"× {base['step_seconds'] / row['step_seconds']:.2f}"
-            memory = f"{row['memory_mb'] / base['memory_mb']:.3f}"
+        speed, memory = _against(row, rows.get(BASELINE))
+        beside = []
+        for peer in PEERS.get(name, ()):
+            faster, smaller = _against(row, rows.get(peer))
+            beside += [f"{peer}: {faster} / {smaller}"] if faster else []
+        if PEERS.get(name) == []:
+            beside = ["—"]
         lines.append(
             f"| {name} | {1000 * row['step_seconds']:.0f} | {speed} | {row['memory_mb']:.0f} | "
-            f"{memory} | {row['trainable_parameters']:,} |"
+            f"{memory} | {row['trainable_parameters']:,} | {'; '.join(beside)} |"
         )
     return "\n".join(lines)
 
 
-def in_own_process(row: str, folder: Path, options: argparse.Namespace) -> dict:
-    """Measure one row; an error becomes a row."""
-    command = [sys.executable, __file__, "--one", row, "--folder", str(folder)]
+def _against(row: dict, base: dict | None) -> tuple[str, str]:
+    if base is None or "error" in base:
+        return "", ""
+    speed, memory = base["step_seconds"] / row["step_seconds"], row["memory_mb"] / base["memory_mb"]
+    return f"× {speed:.2f}", f"{memory:.3f}"
+
+
+def draw(rows: dict[str, dict], path: Path) -> None:
+    """Plot memory over time of a step (needs matplotlib)."""
+    points = [
+        plots.Point(name, 1000 * row["step_seconds"], row["memory_mb"])
+        for name, row in rows.items()
+        if "error" not in row
+    ]
+    plots.scatter(points, path, "training step (ms)", "peak memory above the model (MB)")
+
+
+def in_own_process(script: str, row: str, folder: Path, settings: dict) -> dict:
+    """Measure one row by ``script``, its memory apart; an error becomes a row."""
+    result = _run(script, row, folder, settings, {})
+    if settings["device"] == "cpu" and "error" not in result:
+        apart = _run(script, row, folder, {**settings, "steps": 1}, GIVE_BACK)
+        result["memory_mb"] = apart.get("memory_mb", result["memory_mb"])
+    return result
+
+
+def _run(script, row, folder, settings, variables):
+    command = [sys.executable, script, "--one", row, "--folder", str(folder)]
     for key in ("batch", "seconds", "device", "steps"):
-        command += [f"--{key}", str(getattr(options, key))]
-    done = subprocess.run(command, capture_output=True, text=True)
+        command += [f"--{key}", str(settings[key])]
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
     return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:120]}
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def write_shape(shape: str, folder: Path) -> None:
+    """Write configuration and feature extractor of an encoder; weights are made where needed."""
+    config = CONFIGS[shape]()
+    config.layerdrop = 0.0  # all of them compute all layers
+    config.save_pretrained(folder)
+    kind = transformers.Wav2Vec2FeatureExtractor
+    if shape == "w2v-bert-2":
+        kind = transformers.SeamlessM4TFeatureExtractor
+    kind().save_pretrained(folder)
+
+
+def parser_for(doc: str) -> argparse.ArgumentParser:
+    """What the benchmarks of single rows are told."""
+    parser = argparse.ArgumentParser(description=doc)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--shape", choices=list(CONFIGS), default="wav2vec2-base")
     parser.add_argument("--batch", type=int, default=2)
@@ -303,33 +389,52 @@ def main() -> None:
     parser.add_argument("--output", default=None, help="JSON file; by default beside this script")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        settings = (options.batch, options.seconds, options.device, options.steps)
-        print(json.dumps(measure(options.one, Path(options.folder), *settings)))
+    return parser
+
+
+def chosen_rows(known: Iterable[str], asked: list[str] | None) -> list[str]:
+    """Rows of these names, or with these parts in their names.
+
+    Raises
+    ------
+    ValueError
+        Nothing is called so.
+    """
+    known = list(known)
+    wanted = asked or [""]
+    unknown = [w for w in wanted if not any(w in row for row in known)]
+    if unknown:
+        raise ValueError(f"--rows {unknown[0]!r}: no such row; there are {', '.join(known)}")
+    return [r for r in known if r in wanted or any(w not in known and w in r for w in wanted)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = parser_for(__doc__)
+    parser.add_argument("--draw", metavar="JSON", help="only draw what has been measured")
+    options = parser.parse_args(argv)
+    if options.draw:
+        path = Path(options.draw)
+        draw(json.loads(path.read_text())["rows"], path.with_suffix(".png"))
         return
-    wanted = options.rows or [""]
-    chosen = [r for r in ROWS if r in wanted or any(w not in ROWS and w in r for w in wanted)]
-    output = options.output or Path(__file__).with_name(f"{options.shape}-{options.device}.json")
+    settings = {key: getattr(options, key) for key in ("batch", "seconds", "device", "steps")}
+    if options.one:
+        print(json.dumps(measure(options.one, Path(options.folder), **settings)))
+        return
+    default = Path(__file__).with_name(f"{options.shape}-{options.device}.json")
+    output = Path(options.output or default)
+    about = {"shape": options.shape, **settings, "threads": torch.get_num_threads()}
     rows: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        config = CONFIGS[options.shape]()
-        config.layerdrop = 0.0  # all of them compute all layers
-        config.save_pretrained(folder)
-        kind = transformers.Wav2Vec2FeatureExtractor
-        if options.shape == "w2v-bert-2":
-            kind = transformers.SeamlessM4TFeatureExtractor
-        kind().save_pretrained(folder)
-        for row in chosen:
-            rows[row] = in_own_process(row, folder, options)
+        write_shape(options.shape, Path(name))
+        for row in chosen_rows(ROWS, options.rows):
+            rows[row] = in_own_process(__file__, row, Path(name), settings)
             print(f"{row}: {rows[row]}", flush=True)
-            keys = ("shape", "batch", "seconds", "device", "steps")
-            settings = {key: getattr(options, key) for key in keys}
-            settings["threads"] = torch.get_num_threads()
-            write_results(output, {**settings, "rows": rows, "versions": versions()})
+            write_results(output, {**about, "rows": rows, "versions": versions()})
+    if plots.available():
+        draw(rows, output.with_suffix(".png"))
     print(f"\n{table(rows)}\n\nin {output}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

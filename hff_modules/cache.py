@@ -211,7 +211,7 @@ class StateCache:
                 f"caching states {self.layers} of {len(todo)} utterances ({total / 3600:.2f} h): "
                 f"about {gigabytes:.2f} GB in {self.folder}{self._about_time(total)}"
             )
-            for batch in _batches(todo, batch_seconds):
+            for batch in batches_of(todo, batch_seconds):
                 self._compute(batch)
                 bar.update(round(sum(todo[variant] for variant in batch)))
         finally:
@@ -302,7 +302,8 @@ def as_stored(states: torch.Tensor, dtype: str) -> torch.Tensor:
     return packed["states"].float() * packed.get("scale", 1)
 
 
-def _batches(seconds: dict[Variant, float], batch_seconds: float) -> Iterable[list[Variant]]:
+def batches_of(seconds: dict[Variant, float], batch_seconds: float) -> Iterable[list[Variant]]:
+    """Share utterances out over batches, short ones first."""
     batch: list[Variant] = []
     for variant in sorted(seconds, key=seconds.get):
         if batch and seconds[variant] * (len(batch) + 1) > batch_seconds:
