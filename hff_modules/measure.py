@@ -124,7 +124,9 @@ def _peak_resident_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-PERCENT = ("wer", "cer", "eer", "eer_s_norm", "accuracy", "unweighted_accuracy")
+PERCENT = (
+    *("wer", "cer", "wer_lm", "cer_lm", "eer", "eer_s_norm", "accuracy", "unweighted_accuracy"),
+)
 PACKAGES = ("torch", "torchaudio", "speechbrain", "transformers")
 
 

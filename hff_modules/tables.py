@@ -18,7 +18,9 @@ from pathlib import Path
 
 from hff_modules.files import write_atomically
 
-SCORES = ("cer", "wer", "eer", "eer_s_norm", "accuracy", "unweighted_accuracy")  # in percent
+SCORES = (  # in percent
+    *("cer", "wer", "cer_lm", "wer_lm", "eer", "eer_s_norm", "accuracy", "unweighted_accuracy"),
+)
 LARGER_IS_BETTER = ("accuracy", "unweighted_accuracy")
 
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
