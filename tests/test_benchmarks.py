@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -85,6 +86,19 @@ def test_what_was_measured_is_drawn_again_from_its_file(benchmark, tmp_path):
     path.write_text(json.dumps({"rows": rows}))
     steps.main(["--draw", str(path)])
     assert (tmp_path / "measured.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_table_in_the_readme_is_that_of_its_file(benchmark):
+    steps = benchmark("training_step")
+    folder = Path(steps.__file__).parent
+    text = (folder / "README.md").read_text()
+    names = re.findall(r"<!-- benchmark: (\S+) -->", text)
+    assert names
+    for name in names:
+        rows = json.loads((folder / name).read_text())["rows"]
+        assert f"<!-- benchmark: {name} -->\n\n{steps.table(rows)}\n\n<!-- end" in text, (
+            f"run: python benchmarks/training_step.py --draw benchmarks/{name}"
+        )
 
 
 @pytest.mark.parametrize("shape", ["wav2vec2-base", "wav2vec2-large", "w2v-bert-2"])
