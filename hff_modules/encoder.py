@@ -360,6 +360,8 @@ class SSLEncoder(nn.Module):
             )
         wanted, horizon = (self.layers, self.horizon) if layers is None else (layers, max(layers))
         states = {}
+        together = any(adapter.rows is not None for adapter in self.adapters.values())
+        self._family.padding.together = together
         with self._frozen(wavs.device) if horizon >= 0 else contextlib.nullcontext():
             hidden, lengths, call = self._family.enter(wavs, num_samples)
             if 0 in wanted:

@@ -38,6 +38,7 @@ class Padding:
 
     num_samples: torch.Tensor | None = None  # (batch,)
     frames: torch.Tensor | None = None  # (batch, frames), True where valid
+    together: bool = False  # hooks tell utterances apart by their place in the batch
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Encoders that begin with a CNN over samples."""
 
+import contextlib
 import functools
 
 import torch
@@ -62,17 +63,17 @@ def one_by_one(convolution: nn.Module, padding: Padding, wavs: torch.Tensor) -> 
     """Run a frozen CNN on (batch, samples), on a CPU utterance by utterance, without padding.
 
     The first convolutions give much more than they read: one utterance of it is enough at a time.
-    As soon as anything in the CNN is trained or hooked, the batch goes through as it is.
+    Where anything in the CNN is trained, or hooks treat utterances of a batch differently, the
+    batch goes through as it is.
     """
     forward = type(convolution).forward
-    altered = any(p.requires_grad for p in convolution.parameters()) or any(
-        layer.conv._forward_hooks for layer in convolution.conv_layers
-    )
-    if altered or wavs.requires_grad or wavs.device.type != "cpu":
+    trained = any(p.requires_grad for p in convolution.parameters()) or wavs.requires_grad
+    if trained or padding.together or wavs.device.type != "cpu":
         return forward(convolution, wavs)
+    hooked = any(layer.conv._forward_hooks for layer in convolution.conv_layers)
     counts = padding.num_samples
     padding.num_samples = None  # of the rows below, none is padded
-    with torch.no_grad():
+    with contextlib.nullcontext() if hooked else torch.no_grad():
         lengths = [wavs.shape[1]] * len(wavs) if counts is None else counts.tolist()
         longest = lengths.index(max(lengths))
         first = forward(convolution, wavs[longest : longest + 1, : lengths[longest]])
