@@ -330,7 +330,7 @@ def test_two_runs_that_start_together_compute_states_once(encoder_folder, tmp_pa
         waiting.start()
         time.sleep(0.5)
         assert not spent, "the other run waits"
-        cache._fill(wavs, seconds, 60.0, False)
+        cache._fill({(wav, 1.0): 0.5 for wav in wavs}, 60.0, False)
     waiting.join(60)
     assert spent == [{"utterances": 0, "seconds": 0.0, "gigabytes": 0.0}]
     assert torch.equal(few.read(wavs[0])[:, 0], cache.read(wavs[0])[:, 2])
