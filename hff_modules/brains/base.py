@@ -227,7 +227,7 @@ class SSLBrain(sb.Brain):
         """Start the clock; in training, see who waits in this epoch."""
         if stage == sb.Stage.TRAIN:
             self.head_first.set(epoch <= self.head_first.epochs)
-            if epoch == self.head_first.epochs + 1:
+            if 0 < self.head_first.epochs == epoch - 1:
                 self.meter.steps.clear()  # those of the head alone are no steps of the method
             self.meter.reset_peak()
             self._clock = time.perf_counter()

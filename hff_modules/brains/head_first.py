@@ -2,7 +2,7 @@
 
 A head that knows nothing sends gradients that say nothing: the first epochs of adapters and of
 fine-tuning are spent on noise, and full fine-tuning spoils its features (LP-FT: Kumar et al., ICLR
-2022, arXiv 2202.10054). Those epochs are also the cheap ones, as the plain encoder's states are
+2022, arXiv 2202.10054; here not yet compared with training all from the start). Those epochs are also the cheap ones, as the plain encoder's states are
 stored, and shared by all methods.
 """
 
