@@ -1,9 +1,9 @@
 """Head first: fusion and head train on the plain encoder's states before the encoder joins.
 
-A head that knows nothing sends gradients that say nothing: the first epochs of adapters and of
-fine-tuning are spent on noise, and full fine-tuning spoils its features (LP-FT: Kumar et al., ICLR
-2022, arXiv 2202.10054; here not yet compared with training all from the start). Those epochs are also the cheap ones, as the plain encoder's states are
-stored, and shared by all methods.
+The reasoning is LP-FT's (Kumar et al., ICLR 2022, arXiv 2202.10054): a head that knows nothing
+sends gradients that say nothing, and full fine-tuning spoils its features with them. Not yet
+compared here with training all from the start. These epochs are also the cheap ones, as the plain
+encoder's states are stored, and shared by all methods.
 """
 
 import contextlib
