@@ -8,11 +8,8 @@ speech; memory is the peak of the calls above the loaded model and, beside it, t
 Ratios are against the whole encoder by Hugging Face with the same head.
 """
 
-import gc
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,13 +24,15 @@ from training_step import (
     chosen_rows,
     in_own_process,
     inputs_for,
+    median_seconds,
     parser_for,
+    prepare,
     write_shape,
 )
 
 from hff_modules import HierarchicalFusion, SSLEncoder, adapters
 from hff_modules.cli import run
-from hff_modules.measure import Meter, versions, write_results
+from hff_modules.measure import versions, write_results
 
 BASELINE = "whole encoder (Hugging Face)"
 
@@ -78,26 +77,12 @@ def measure(row: str, folder: Path, batch: int, seconds: float, device: str, ste
         ``call_seconds`` (median), ``real_time_factor``, ``memory_mb`` (peak of the calls above the
         loaded model), ``model_mb``.
     """
-    meter = Meter(device)
-    torch.manual_seed(0)
-    wavs = 0.1 * torch.randn(batch, int(16000 * seconds), device=device)
-    model, inputs = ROWS[row](folder, wavs)
-    model = model.to(device).eval()
-    for parameter in model.parameters():  # mapped files are not in memory until they are touched
-        parameter.data = parameter.data.clone()
-    gc.collect()
-    meter.reset_peak()
+    model, inputs, meter = prepare(ROWS[row], folder, batch, seconds, device)
+    loaded = meter.peak_memory_mb
+    model.eval()
+    with torch.inference_mode():
+        middle = median_seconds(lambda: model(*inputs), steps, meter)
     meter.read_peak()
-    loaded, times = meter.peak_memory_mb, []
-    for _ in range(steps + 1):  # the first one warms up
-        meter.synchronize()
-        start = time.perf_counter()
-        with torch.inference_mode():
-            model(*inputs)
-        meter.synchronize()
-        times.append(time.perf_counter() - start)
-    meter.read_peak()
-    middle = statistics.median(times[1:])
     return {
         "call_seconds": middle,
         "real_time_factor": middle / (batch * seconds),

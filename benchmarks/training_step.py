@@ -259,6 +259,32 @@ def is_ours(row: str) -> bool:
     return ROWS[row].__qualname__.startswith("ours.")
 
 
+def prepare(build: Callable, folder: Path, batch: int, seconds: float, device: str):
+    """Model, inputs, and a meter that has seen the loaded model; how it is used is not seen yet."""
+    meter = Meter(device)
+    torch.manual_seed(0)
+    model, inputs = build(folder, 0.1 * torch.randn(batch, int(16000 * seconds), device=device))
+    model = model.to(device)
+    for parameter in model.parameters():  # mapped files are not in memory until they are touched
+        parameter.data = parameter.data.clone()
+    gc.collect()
+    meter.reset_peak()
+    meter.read_peak()
+    return model, inputs, meter
+
+
+def median_seconds(call: Callable, steps: int, meter: Meter) -> float:
+    """Of so many calls, and one more before them that warms up."""
+    times = []
+    for _ in range(steps + 1):
+        meter.synchronize()
+        start = time.perf_counter()
+        call()
+        meter.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
 def measure(row: str, folder: Path, batch: int, seconds: float, device: str, steps: int) -> dict:
     """Run one row in this process.
 
@@ -267,34 +293,24 @@ def measure(row: str, folder: Path, batch: int, seconds: float, device: str, ste
     dict
         ``step_seconds`` (median) and ``memory_mb`` (peak of the steps above the loaded model).
     """
-    meter = Meter(device)
-    torch.manual_seed(0)
-    wavs = 0.1 * torch.randn(batch, int(16000 * seconds), device=device)
-    model, inputs = ROWS[row](folder, wavs)
-    model = model.to(device).train()
-    for parameter in model.parameters():  # mapped files are not in memory until they are touched
-        parameter.data = parameter.data.clone()
+    model, inputs, meter = prepare(ROWS[row], folder, batch, seconds, device)
+    loaded = meter.peak_memory_mb
+    model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = {"fused": True} if is_ours(row) else {}
     optimizer = torch.optim.AdamW(trained, lr=1e-4, **fused) if trained else None
-    gc.collect()
-    meter.reset_peak()
-    meter.read_peak()
-    loaded, times = meter.peak_memory_mb, []
-    for _ in range(steps + 1):  # the first one warms up
-        meter.synchronize()
-        start = time.perf_counter()
+
+    def step() -> None:
         out = model(*inputs)
         if optimizer is not None:
             optimizer.zero_grad()
             out.backward()
             optimizer.step()
-        del out
-        meter.synchronize()
-        times.append(time.perf_counter() - start)
+
+    middle = median_seconds(step, steps, meter)
     meter.read_peak()
     return {
-        "step_seconds": statistics.median(times[1:]),
+        "step_seconds": middle,
         "memory_mb": meter.peak_memory_mb - loaded,
         "trainable_parameters": sum(p.numel() for p in trained),
     }

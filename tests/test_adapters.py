@@ -69,6 +69,11 @@ def test_life_of_an_adapter(
     base = encode(encoder, batch)
     weights = {key: value.clone() for key, value in encoder.state_dict().items()}
     attention = encoder.model.config._attn_implementation
+    at_birth = base
+    if method == "cnn" and encoder.front_convolutions:  # hooks add up in another order than slices
+        hook = encoder.front_convolutions[0].register_forward_hook(lambda *_: None)
+        at_birth = encode(encoder, batch)
+        hook.remove()
 
     # At birth the output is unchanged, and the horizon lies right below the adapter.
     if method == "cnn" and not encoder.front_convolutions:
@@ -78,7 +83,7 @@ def test_life_of_an_adapter(
         return
     adapter = adapters.attach(encoder, method, **small_options(method))
     assert encoder.horizon == {"full": -1, "cnn": -1, "p_adapter": 0}.get(method, 2)
-    change = (encode(encoder, batch) - base).abs().max()
+    change = (encode(encoder, batch) - at_birth).abs().max()
     assert change <= 1e-6 if adapter.identity_at_birth else change > 1e-4
 
     # After two steps every tensor of the adapter has moved and every other is bit-identical.

@@ -155,11 +155,14 @@ class _OutputHook:
         self.adapter, self.change, self.reads = adapter, change, reads
         self.seen: torch.Tensor | None = None
 
+    def applies(self) -> bool:
+        return self.adapter.applies()
+
     def look(self, module: nn.Module, args: tuple) -> None:
-        self.seen = args[0] if self.adapter.applies() else None
+        self.seen = args[0] if self.applies() else None
 
     def alter(self, module: nn.Module, args: tuple, output):
-        if not self.adapter.applies():
+        if not self.applies():
             return None
         first = output[0] if isinstance(output, tuple) else output
         inputs, self.seen = (self.seen,) if self.reads else (), None

@@ -1,6 +1,5 @@
 """Encoders that begin with a CNN over samples."""
 
-import contextlib
 import functools
 
 import torch
@@ -16,6 +15,7 @@ from hff_modules.families.base import (
     macaron_parts,
     transformer_parts,
 )
+from hff_modules.families.frozen_cnn import as_matrices, in_slices, is_known
 from hff_modules.frontend import normalise, valid_mask
 
 
@@ -62,29 +62,31 @@ class InPlaceGELU(nn.Module):
 def one_by_one(convolution: nn.Module, padding: Padding, wavs: torch.Tensor) -> torch.Tensor:
     """Run a frozen CNN on (batch, samples), on a CPU utterance by utterance, without padding.
 
-    The first convolutions give much more than they read: one utterance of it is enough at a time.
-    Where anything in the CNN is trained, or hooks treat utterances of a batch differently, the
-    batch goes through as it is.
+    The first convolutions give much more than they read: one utterance of it is enough at a time,
+    and a slice of it where no hook waits (see ``frozen_cnn``; fp32 only). Where anything in the CNN
+    is trained, or hooks treat utterances of a batch differently, the batch goes through as it is.
     """
     forward = type(convolution).forward
     trained = any(p.requires_grad for p in convolution.parameters()) or wavs.requires_grad
     if trained or padding.together or wavs.device.type != "cpu":
         return forward(convolution, wavs)
-    hooked = any(layer.conv._forward_hooks for layer in convolution.conv_layers)
     counts = padding.num_samples
-    padding.num_samples = None  # of the rows below, none is padded
-    with contextlib.nullcontext() if hooked else torch.no_grad():
-        lengths = [wavs.shape[1]] * len(wavs) if counts is None else counts.tolist()
-        longest = lengths.index(max(lengths))
-        first = forward(convolution, wavs[longest : longest + 1, : lengths[longest]])
-        given = first.new_zeros(len(wavs), *first.shape[1:])
-        for row, length in enumerate(lengths):
-            one = first
-            if row != longest:
-                one = forward(convolution, wavs[row : row + 1, :length])
-            given[row, :, : one.shape[-1]] = one[0]
-    padding.num_samples = counts
-    return given
+    lengths = [wavs.shape[1]] * len(wavs) if counts is None else counts.tolist()
+    if is_known(convolution) and not torch.is_autocast_enabled("cpu"):
+        with torch.no_grad():
+            matrices = as_matrices(convolution)
+            rows = [
+                in_slices(convolution, matrices, wav[:length])
+                for wav, length in zip(wavs, lengths, strict=True)
+            ]
+    else:
+        padding.num_samples = None  # of the rows below, none is padded
+        rows = [
+            forward(convolution, wav[None, :length])[0].t()
+            for wav, length in zip(wavs, lengths, strict=True)
+        ]
+        padding.num_samples = counts
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2)
 
 
 class WaveformFamily(Family):
