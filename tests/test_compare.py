@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hff_modules import compare, plots, tables
+from hff_modules import compare, comparison, plots, tables
 from hff_modules.config import METHODS, find_method, merge_files
 from hff_modules.plan import PlanError, as_folder, make_plan, read_plan
 from tests.test_training import make_speech
@@ -143,9 +143,9 @@ def test_time_to_a_score_is_that_of_the_first_epoch_on_dev_that_reached_it(recip
 
 def test_by_default_the_score_to_reach_is_one_that_all_rows_reached():
     runs = [{"score": "cer", "dev": {"cer": value}} for value in (30.0, 50.0)]
-    assert compare.reached_by_all(runs) == 50.0
+    assert comparison.reached_by_all(runs) == 50.0
     runs = [{"score": "accuracy", "dev": {"accuracy": value}} for value in (30.0, 50.0)]
-    assert compare.reached_by_all(runs) == 30.0 and compare.reached_by_all([]) is None
+    assert comparison.reached_by_all(runs) == 30.0 and comparison.reached_by_all([]) is None
 
 
 def test_a_learning_rate_is_chosen_on_dev_and_only_the_chosen_one_sees_the_test_set(recipe):
@@ -260,7 +260,7 @@ def test_devices_are_handed_out_in_turn(recipe):
     runner = compare.Runner(plan, 3, ["cuda:0", "cuda:1"])
     assert runner.free == ["cuda:0", "cuda:1", "cuda:0"]
     assert compare._environment("cuda:1", 1)["CUDA_VISIBLE_DEVICES"] == "1"
-    (run,) = compare.pending(plan, {})
+    (run,) = comparison.pending(plan, {})
     assert compare.command(plan, run, "cuda:1")[-2:] == ["--device", "cuda:0"]
     assert compare.command(plan, run, "cpu")[-2:] == ["--device", "cpu"]
 
@@ -381,7 +381,7 @@ def test_pictures_are_drawn_for_methods_without_parameters_and_for_one_alone(rec
     pytest.importorskip("matplotlib")
     rows = [{"method": "a", "options": {"width": 0}}, {"method": "b", "options": {"width": 900}}]
     carry_out(recipe, methods=rows, seeds=[1, 2])
-    for name in compare.PICTURES:
+    for name in comparison.PICTURES:
         assert output(recipe, f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert output(recipe, "index.html").read_text().count("data:image/png;base64,") == 4
 
