@@ -60,6 +60,23 @@ def pareto_front(points: Sequence[Point], larger_is_better: bool = False) -> lis
     return front
 
 
+def off_the_scale(points: Sequence[Point], larger_is_better: bool = False) -> list[Point]:
+    """Points so much worse than the bulk that showing them would squeeze all others into a line.
+
+    Worse than the middle half by more than five times what it spans.
+
+    Example
+    -------
+    >>> points = [Point(str(y), 1, y) for y in (50, 51, 52, 53, 54, 99)]
+    >>> [point.label for point in off_the_scale(points)]
+    ['99']
+    """
+    sign = -1 if larger_is_better else 1
+    scores = sorted(sign * point.y for point in points)
+    low, high = scores[len(scores) // 4], scores[-1 - len(scores) // 4]
+    return [p for p in points if high > low and sign * p.y > high + 5 * (high - low)]
+
+
 def scatter(
     points: Sequence[Point],
     path: Path,
@@ -79,8 +96,10 @@ def scatter(
         Of the score.
     """
     figure, axes = new_figure(9, 6)
-    front = pareto_front(points, larger_is_better)
-    others = [point for point in points if point not in front]
+    far = off_the_scale(points, larger_is_better)
+    near = [point for point in points if point not in far]
+    front = pareto_front(near, larger_is_better)
+    others = [point for point in near if point not in front]
     _scale(axes, [point.x for point in points])
     axes.step(
         *([p.x for p in front], [p.y for p in front]),
@@ -98,14 +117,22 @@ def scatter(
                 **{"fmt": "o", "color": "black", "mfc": fill, "ms": 7, "elinewidth": 0.8},
                 **{"capsize": 3, "label": name, "zorder": 3},
             )
+    if far:
+        ends = [p.y + side * (p.spread or 0) for p in near for side in (-1, 1)]
+        room = 0.12 * (max(ends) - min(ends))
+        edge = min(ends) - room if larger_is_better else max(ends) + room
+        far = [Point(f"{p.label}: {p.y:.1f}", p.x, edge) for p in far]
+        marks = {"color": "black", "mfc": "white", "ms": 7, "zorder": 3}
+        marks |= {"label": "off the scale, score beside it"}
+        axes.plot([p.x for p in far], [p.y for p in far], "v" if larger_is_better else "^", **marks)
     axes.set_xlabel(x_label)
     axes.set_ylabel(f"{y_label}, {'higher' if larger_is_better else 'lower'} is better")
     axes.margins(x=0.12, y=0.15)
     axes.grid(True, color="0.9", zorder=0)
     spread = "; bars: standard deviation over seeds" if any(p.spread for p in points) else ""
-    figure.legend(loc="outside upper left", ncols=2, frameon=False, title=None, fontsize=9)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, title=None, fontsize=9)
     axes.set_title(f"{len(points)} methods{spread}", fontsize=9, loc="left", color="0.3")
-    _label(figure, axes, points)
+    _label(figure, axes, [*near, *far])
     figure.savefig(path)
 
 

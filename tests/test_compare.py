@@ -377,6 +377,18 @@ def test_the_pareto_front_is_what_nothing_else_beats():
     assert [p.label for p in plots.pareto_front(points, larger_is_better=True)] == ["a"]
 
 
+def test_in_pictures_one_hopeless_method_does_not_squeeze_the_others_into_a_line(tmp_path):
+    pytest.importorskip("matplotlib")
+    points = [plots.Point(str(y), y, y) for y in (50, 51, 52, 53, 54, 99)]
+    assert [p.label for p in plots.off_the_scale(points)] == ["99"]
+    assert not plots.off_the_scale(points, larger_is_better=True)  # there 99 is the best
+    assert not plots.off_the_scale(points[:3]) and not plots.off_the_scale(points[:1])
+    for larger in (False, True):
+        plots.scatter(points, tmp_path / "p.png", "MB", "CER (%)", larger_is_better=larger)
+    same = [plots.Point(str(x), x, 50) for x in range(5)]
+    plots.scatter([*same, plots.Point("far", 1, 90)], tmp_path / "p.png", "MB", "CER (%)")
+
+
 def test_pictures_are_drawn_for_methods_without_parameters_and_for_one_alone(recipe):
     pytest.importorskip("matplotlib")
     rows = [{"method": "a", "options": {"width": 0}}, {"method": "b", "options": {"width": 900}}]
