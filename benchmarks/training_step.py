@@ -14,7 +14,6 @@ mels are given to peers that do not compute them.
 import argparse
 import gc
 import json
-import math
 import os
 import re
 import statistics
@@ -121,7 +120,7 @@ def ours(
 
 
 def trunk_alone(layers) -> Callable:
-    """The floor: the truncated encoder's forward pass by Hugging Face itself, nothing trained."""
+    """The truncated encoder's forward pass by Hugging Face itself, nothing trained."""
 
     def build(folder: Path, wavs: torch.Tensor):
         model = transformers.AutoModel.from_pretrained(_with_weights(folder)).eval()
@@ -377,14 +376,14 @@ def in_own_process(script: str, row: str, folder: Path, settings: dict) -> dict:
     result = _run(script, row, folder, settings, {})
     if settings["device"] == "cpu" and "error" not in result:
         apart = _run(script, row, folder, {**settings, "steps": 1}, GIVE_BACK)
-        result["memory_mb"] = apart.get("memory_mb", result["memory_mb"])
+        result = apart if "error" in apart else {**result, "memory_mb": apart["memory_mb"]}
     return result
 
 
-def _add_round(row: dict) -> None:
+def _add_round(row: dict, measured: dict) -> None:
     """Let the step be the median of the rounds so far: a busy minute spoils one of them."""
-    if "error" not in row:
-        row["rounds"].append(row["step_seconds"])
+    if "error" not in measured:  # a round that failed is none; their number is in the results
+        row["rounds"] = [*row.get("rounds", []), measured["step_seconds"]]
         row["step_seconds"] = statistics.median(row["rounds"])
 
 
@@ -472,11 +471,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for row in chosen_rows(ROWS, options.rows):
                 if turn == 0:
                     rows[row] = in_own_process(__file__, row, Path(name), settings)
-                    rows[row]["rounds"] = []
+                    _add_round(rows[row], rows[row])
                 elif "error" not in rows[row]:
-                    again = _run(__file__, row, Path(name), settings, {})
-                    rows[row]["step_seconds"] = again.get("step_seconds", math.nan)
-                _add_round(rows[row])
+                    _add_round(rows[row], _run(__file__, row, Path(name), settings, {}))
                 print(f"{row}: {rows[row]}", flush=True)
                 write_results(output, {**about, "rows": rows, "versions": versions()})
     if plots.available():

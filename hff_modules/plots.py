@@ -63,7 +63,7 @@ def pareto_front(points: Sequence[Point], larger_is_better: bool = False) -> lis
 def off_the_scale(points: Sequence[Point], larger_is_better: bool = False) -> list[Point]:
     """Points so much worse than the bulk that showing them would squeeze all others into a line.
 
-    Worse than the middle half by more than five times what it spans.
+    Worse than the middle half by five times what it spans, and room for them would double the axis.
 
     Example
     -------
@@ -72,9 +72,23 @@ def off_the_scale(points: Sequence[Point], larger_is_better: bool = False) -> li
     ['99']
     """
     sign = -1 if larger_is_better else 1
-    scores = sorted(sign * point.y for point in points)
-    low, high = scores[len(scores) // 4], scores[-1 - len(scores) // 4]
-    return [p for p in points if high > low and sign * p.y > high + 5 * (high - low)]
+    ordered = sorted(points, key=lambda point: sign * point.y)
+    if len(ordered) < 6:
+        return []
+    low, high = (sign * ordered[end].y for end in (len(ordered) // 4, -1 - len(ordered) // 4))
+    near = [p for p in ordered if sign * p.y <= high + 5 * (high - low)]
+    far = []
+    for point in ordered[len(near) :]:
+        best, worst = _ends(near, sign)
+        span = worst - best
+        (far if span > 0 and sign * point.y > worst + span else near).append(point)
+    return far
+
+
+def _ends(points: Sequence[Point], sign: int) -> tuple[float, float]:
+    """The best and the worst that is drawn of points, error bars included; the lower the better."""
+    ends = [sign * p.y + side * (p.spread or 0) for p in points for side in (-1, 1)]
+    return min(ends), max(ends)
 
 
 def scatter(
@@ -98,17 +112,17 @@ def scatter(
     figure, axes = new_figure(9, 6)
     far = off_the_scale(points, larger_is_better)
     near = [point for point in points if point not in far]
-    front = pareto_front(near, larger_is_better)
-    others = [point for point in near if point not in front]
+    front = pareto_front(points, larger_is_better)
     _scale(axes, [point.x for point in points])
     axes.step(
-        *([p.x for p in front], [p.y for p in front]),
+        *([p.x for p in front if p in near], [p.y for p in front if p in near]),
         **{"where": "post", "color": "0.55", "linestyle": "--", "linewidth": 1, "zorder": 1},
     )
-    for chosen, fill, name in (
-        (front, "black", "Pareto front: nothing is better at the same cost or less"),
-        (others, "white", "other methods"),
+    for of_front, fill, name in (
+        (True, "black", "Pareto front: nothing is better at the same cost or less"),
+        (False, "white", "other methods"),
     ):
+        chosen = [p for p in near if (p in front) == of_front]
         if chosen:
             axes.errorbar(
                 [p.x for p in chosen],
@@ -118,13 +132,14 @@ def scatter(
                 **{"capsize": 3, "label": name, "zorder": 3},
             )
     if far:
-        ends = [p.y + side * (p.spread or 0) for p in near for side in (-1, 1)]
-        room = 0.12 * (max(ends) - min(ends))
-        edge = min(ends) - room if larger_is_better else max(ends) + room
+        sign = -1 if larger_is_better else 1
+        best, worst = _ends(near, sign)
+        edge, name = sign * (worst + 0.12 * (worst - best)), "off the scale, score beside it"
+        for point in far:
+            marks = {"color": "black", "mfc": "black" if point in front else "white", "ms": 7}
+            axes.plot(point.x, edge, "v" if larger_is_better else "^", label=name, **marks)
+            name = None  # once in the legend
         far = [Point(f"{p.label}: {p.y:.1f}", p.x, edge) for p in far]
-        marks = {"color": "black", "mfc": "white", "ms": 7, "zorder": 3}
-        marks |= {"label": "off the scale, score beside it"}
-        axes.plot([p.x for p in far], [p.y for p in far], "v" if larger_is_better else "^", **marks)
     axes.set_xlabel(x_label)
     axes.set_ylabel(f"{y_label}, {'higher' if larger_is_better else 'lower'} is better")
     axes.margins(x=0.12, y=0.15)

@@ -128,7 +128,8 @@ def _summary(group: Sequence[dict], names: Sequence[str]) -> dict:
     row["step_seconds"] = statistics.median(steps) if steps else None
     row["peak_memory_mb"] = max(run["peak_memory_mb"] for run in done)
     if "checkpoint_mb" in first:
-        row["checkpoint_mb"] = max(run["checkpoint_mb"] for run in done)
+        sizes = [run["checkpoint_mb"] for run in done]  # None where it has been deleted since
+        row["checkpoint_mb"] = None if None in sizes else max(sizes)
     if "reach" in first:
         times = [run["reach"]["seconds"] for run in done]
         row["reach_seconds"] = None if None in times else statistics.mean(times)
@@ -175,7 +176,7 @@ def cells(runs: Sequence[dict]) -> list[list[str]]:
         ("peak MB", lambda row: f"{row['peak_memory_mb']:.0f}"),
     ]
     if any("checkpoint_mb" in run for run in known):
-        columns.append(("checkpoint MB", lambda row: f"{row['checkpoint_mb']:.1f}"))
+        columns.append(("checkpoint MB", lambda row: _or_dash(row["checkpoint_mb"], "{:.1f}")))
     if any("failed" in run for run in runs):
         columns.append(("failed", lambda row: "; ".join(row["failed"])))
     table = [[head for head, _ in columns]]

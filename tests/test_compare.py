@@ -382,7 +382,14 @@ def test_in_pictures_one_hopeless_method_does_not_squeeze_the_others_into_a_line
     points = [plots.Point(str(y), y, y) for y in (50, 51, 52, 53, 54, 99)]
     assert [p.label for p in plots.off_the_scale(points)] == ["99"]
     assert not plots.off_the_scale(points, larger_is_better=True)  # there 99 is the best
-    assert not plots.off_the_scale(points[:3]) and not plots.off_the_scale(points[:1])
+    assert not plots.off_the_scale(points[1:]) and not plots.off_the_scale(points[:1])  # too few
+    for scores, spread in (((5, 50, 50.1, 50.2, 50.3, 52), 0), ((50, 50.1, 50.2, 50.3, 53, 54), 5)):
+        assert not plots.off_the_scale(
+            [plots.Point("", y, y, spread) for y in scores]
+        )  # there is room
+    cheap = plots.Point("cheap", 0, 99)
+    assert cheap in plots.pareto_front([cheap, *points[:5]])
+    plots.scatter([cheap, *points[:5]], tmp_path / "p.png", "MB", "CER (%)")
     for larger in (False, True):
         plots.scatter(points, tmp_path / "p.png", "MB", "CER (%)", larger_is_better=larger)
     same = [plots.Point(str(x), x, 50) for x in range(5)]

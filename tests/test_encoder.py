@@ -366,22 +366,27 @@ WITH_A_CNN = [name for name in FAMILIES if name != "whisper" and not name.starts
 
 
 @pytest.mark.parametrize("name", WITH_A_CNN)
-def test_a_cnn_run_one_by_one_gives_what_it_gives_for_the_batch(name, make_encoder_folder):
+def test_a_cnn_run_one_by_one_gives_what_it_gives_for_the_batch(
+    name, make_encoder_folder, monkeypatch
+):
+    def stay_together(padding, key, value):
+        object.__setattr__(padding, key, True if key == "together" else value)
+
     encoder = SSLEncoder(make_encoder_folder(name), layers="all")
-    wavs, wav_lens = speech(9_000, SAMPLES, 7_001)
-    cnn, batches = encoder.model.feature_extractor, []
-    count = cnn.conv_layers[0].conv.register_forward_pre_hook(
-        lambda _, a: batches.append(len(a[0]))
-    )
-    one_by_one, lengths = encoder(wavs, wav_lens)
-    assert batches == [1, 1, 1]
-    count.remove()
-    cnn.conv_layers[0].conv.register_forward_hook(lambda *_: None)  # as adapters have them
+    wavs, wav_lens = speech(9_000, 30_000, 7_001)
+    first, batches = encoder.model.feature_extractor.conv_layers[0].conv, []
+    sliced, lengths = encoder(wavs, wav_lens)
+    assert lengths.max() > 64  # more than a slice
+    first.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
+    one_by_one, _ = encoder(wavs, wav_lens)
+    monkeypatch.setattr(type(encoder._family.padding), "__setattr__", stay_together)
     together, _ = encoder(wavs, wav_lens)
+    assert batches == [1, 1, 1, 3]
     for row, frames in enumerate(lengths.tolist()):
-        torch.testing.assert_close(
-            one_by_one[:, row, :frames], together[:, row, :frames], rtol=1e-4, atol=1e-5
-        )
+        for states in (one_by_one, sliced):
+            torch.testing.assert_close(
+                states[:, row, :frames], together[:, row, :frames], rtol=1e-4, atol=1e-5
+            )
 
 
 def test_what_is_given_to_the_cnn_is_not_written_over(make_encoder_folder):

@@ -5,7 +5,8 @@ import torch
 import transformers
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder
 
-from hff_modules.families.frozen_cnn import as_matrices, in_slices, is_known
+from hff_modules.families import frozen_cnn
+from hff_modules.families.frozen_cnn import as_matrices, in_slices, is_hooked, is_known
 
 FIELD, HOP = 400, 320
 
@@ -51,11 +52,30 @@ def test_the_slices_hold_a_small_part_of_what_the_whole_holds():
     assert max(seen) < first_convolution / 3
 
 
-def test_hooks_and_norms_that_are_not_known_are_left_to_the_encoder_itself():
+@pytest.mark.parametrize("wav", [torch.zeros(5_000), torch.full((5_000,), 0.3)], ids=str)
+def test_speech_that_does_not_vary_is_no_division_by_zero(wav):
     cnn = make("group", False)
-    hook = cnn.conv_layers[3].conv.register_forward_hook(lambda *_: None)
-    assert not is_known(cnn)
-    hook.remove()
+    slices = in_slices(cnn, as_matrices(cnn), wav)
+    torch.testing.assert_close(slices, cnn(wav[None])[0].t(), rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_of_long_speech_are_taken_block_by_block(monkeypatch):
+    cnn, wav = make("group", False), torch.randn(16_000) + 3
+    whole = in_slices(cnn, as_matrices(cnn), wav)
+    monkeypatch.setattr(frozen_cnn, "_WINDOWS", 700)
+    torch.testing.assert_close(in_slices(cnn, as_matrices(cnn), wav), whole)
+
+
+def test_hooks_and_parts_that_are_not_known_are_left_to_the_encoder_itself():
+    cnn = make("group", False)
+    assert not is_hooked(cnn)
+    for part in (cnn.conv_layers[3].conv, cnn.conv_layers[3], cnn.conv_layers[0].layer_norm):
+        hook = part.register_forward_hook(lambda *_: None)
+        assert is_hooked(cnn)
+        hook.remove()
+    dilated = make("group", False)
+    dilated.conv_layers[2].conv.dilation = (2,)
+    assert not is_known(dilated)
     cnn.conv_layers[0].layer_norm = torch.nn.GroupNorm(2, 8)
     assert not is_known(cnn)
     other = make("group", False)

@@ -1,5 +1,6 @@
 """Encoders that begin with a CNN over samples."""
 
+import contextlib
 import functools
 
 import torch
@@ -15,7 +16,7 @@ from hff_modules.families.base import (
     macaron_parts,
     transformer_parts,
 )
-from hff_modules.families.frozen_cnn import as_matrices, in_slices, is_known
+from hff_modules.families.frozen_cnn import as_matrices, in_slices, is_hooked, is_known
 from hff_modules.frontend import normalise, valid_mask
 
 
@@ -64,28 +65,24 @@ def one_by_one(convolution: nn.Module, padding: Padding, wavs: torch.Tensor) -> 
 
     The first convolutions give much more than they read: one utterance of it is enough at a time,
     and a slice of it where no hook waits (see ``frozen_cnn``; fp32 only). Where anything in the CNN
-    is trained, or hooks treat utterances of a batch differently, the batch goes through as it is.
+    is trained, or its hooks treat utterances of a batch differently, the batch goes as it is.
     """
     forward = type(convolution).forward
     trained = any(p.requires_grad for p in convolution.parameters()) or wavs.requires_grad
-    if trained or padding.together or wavs.device.type != "cpu":
+    hooked = is_hooked(convolution)
+    if trained or (padding.together and hooked) or wavs.device.type != "cpu":
         return forward(convolution, wavs)
     counts = padding.num_samples
     lengths = [wavs.shape[1]] * len(wavs) if counts is None else counts.tolist()
-    if is_known(convolution) and not torch.is_autocast_enabled("cpu"):
-        with torch.no_grad():
+    signals = [wav[:length] for wav, length in zip(wavs, lengths, strict=True)]
+    with contextlib.nullcontext() if hooked else torch.no_grad():
+        if is_known(convolution) and not hooked and not torch.is_autocast_enabled("cpu"):
             matrices = as_matrices(convolution)
-            rows = [
-                in_slices(convolution, matrices, wav[:length])
-                for wav, length in zip(wavs, lengths, strict=True)
-            ]
-    else:
-        padding.num_samples = None  # of the rows below, none is padded
-        rows = [
-            forward(convolution, wav[None, :length])[0].t()
-            for wav, length in zip(wavs, lengths, strict=True)
-        ]
-        padding.num_samples = counts
+            rows = [in_slices(convolution, matrices, signal) for signal in signals]
+        else:
+            padding.num_samples = None  # of the signals, none is padded
+            rows = [forward(convolution, signal[None])[0].t() for signal in signals]
+            padding.num_samples = counts
     return nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2)
 
 
