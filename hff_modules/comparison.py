@@ -42,14 +42,15 @@ class Run:
 
     def __str__(self) -> str:
         settings = f" ({as_text(self.settings)})" if self.settings else ""
-        return f"{self.row.label}{settings}, seed {self.seed}{', trial' * self.trial}"
+        fold = f", fold {self.options['fold']}" if self.row.folds else ""
+        return f"{self.row.label}{settings}, seed {self.seed}{fold}{', trial' * self.trial}"
 
 
 Outcomes = dict[Run, dict[str, Any]]  # results of a run, or {"failed": why}
 
 
 def runs_of(plan: Plan, row: Row, settings: Mapping[str, Any], trial: bool) -> list[Run]:
-    """The runs of a row with these settings: its trial, or one for each seed."""
+    """The runs of a row with these settings: its trial, or one for each seed and fold."""
     shorter = plan.grid_options if trial else {}
     place = plan.output / row.folder
     if trial and shorter:
@@ -57,8 +58,14 @@ def runs_of(plan: Plan, row: Row, settings: Mapping[str, Any], trial: bool) -> l
     if settings:
         place /= as_folder(as_text(settings))
     options = {**row.options, **shorter, **settings}
-    seeds = row.seeds[:1] if trial else row.seeds
-    return [Run(row, seed, dict(settings), trial, place / str(seed), options) for seed in seeds]
+    runs = []
+    for seed in row.seeds:
+        for fold in row.folds or [None]:
+            folder, its_options = place / str(seed), options
+            if fold is not None:
+                folder, its_options = folder / f"fold-{fold}", {**options, "fold": fold}
+            runs.append(Run(row, seed, dict(settings), trial, folder, its_options))
+    return runs[:1] if trial else runs
 
 
 def trials(plan: Plan, row: Row) -> list[Run]:
@@ -99,7 +106,9 @@ def pending(plan: Plan, outcomes: Outcomes) -> list[Run]:
 
 def total_runs(plan: Plan) -> int:
     """How many runs the plan asks for, trials included."""
-    return sum(len(trials(plan, row)) + len(row.seeds) for row in plan.rows)
+    return sum(
+        len(trials(plan, row)) + len(row.seeds) * max(len(row.folds), 1) for row in plan.rows
+    )
 
 
 def score_of(plan: Plan, results: Iterable[Mapping[str, Any]]) -> str:
@@ -152,7 +161,9 @@ def collected(plan: Plan, outcomes: Outcomes) -> list[dict[str, Any]]:
 
 def _failure(run: Run, reason: str) -> dict[str, Any]:
     method = Path(run.row.method).stem
-    return {"label": run.row.label, "method": method, "seed": run.seed, "failed": reason}
+    fold = {"fold": run.options["fold"]} if run.row.folds else {}
+    about = {"label": run.row.label, "method": method, "seed": run.seed}
+    return {**about, **fold, "failed": reason}
 
 
 def reached_by_all(runs: Sequence[Mapping[str, Any]]) -> float | None:
@@ -210,7 +221,7 @@ def csv_table(runs: Sequence[dict]) -> str:
             scores[f"dev {next(run['score'] for run in runs if 'score' in run)}"] = summary["dev"]
         for name, (mean, spread) in scores.items():
             row |= {f"{name} mean": mean, f"{name} spread": spread}
-        for key in ("seeds", "layers", "failed"):
+        for key in ("seeds", "folds", "layers", "failed"):
             row[key] = "; ".join(map(str, row.get(key) or []))
         rows.append(row)
     columns = list(dict.fromkeys(key for row in rows for key in row))

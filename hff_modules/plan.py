@@ -20,8 +20,10 @@
         grid: [{lr_adapters: 0.001, lr_norms: 0.0001}, {lr_adapters: 0.003, lr_norms: 0.0003}]
     grid_options: {number_of_epochs: 2}  # of runs that only serve to choose; a full run otherwise
 
-``seeds``, ``options`` and ``grid`` may stand at the top, for all rows, and in a row: options are
-added up, of the others the row's own count.
+``seeds``, ``folds`` (of a recipe with ``--fold``; each is run with every seed), ``options`` and
+``grid`` may stand at the top, for all rows, and in a row: options are added up, of the others the
+row's own count. With ``extends: another_plan.yaml`` a plan says only what differs from that one:
+options are added up, other keys replaced.
 """
 
 import itertools
@@ -36,8 +38,8 @@ import ruamel.yaml
 
 from hff_modules.config import find_method
 
-KEYS = ("recipe output seeds options score reach methods grid grid_options").split()
-ROW_KEYS = ("method label options seeds grid vary").split()
+KEYS = ("recipe output seeds folds options score reach methods grid grid_options").split()
+ROW_KEYS = ("method label options seeds folds grid vary").split()
 
 
 class PlanError(ValueError):
@@ -60,6 +62,8 @@ class Row:
         The first one is also the grid's.
     settings : tuple[dict, ...]
         Options to choose from on dev; one empty dict where there is nothing to choose.
+    folds : tuple[int, ...]
+        Each is run with every seed, as ``--fold``; the grid has the first. Empty: no ``--fold``.
     """
 
     label: str
@@ -67,6 +71,7 @@ class Row:
     options: dict[str, Any]
     seeds: tuple[int, ...]
     settings: tuple[dict[str, Any], ...]
+    folds: tuple[int, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -104,13 +109,19 @@ class Plan:
     reach: float | None = None
 
 
-def read_plan(path: str | Path) -> dict[str, Any]:
+def read_plan(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a plan file; gives its keys.
+
+    Arguments
+    ---------
+    path : str | Path
+    above : tuple[Path, ...]
+        Plans that extend this one.
 
     Raises
     ------
     PlanError
-        No such file, not YAML, or not ``key: value`` lines.
+        No such file, not YAML, not ``key: value`` lines, or plans that extend each other.
     """
     path = Path(path)
     try:
@@ -123,7 +134,13 @@ def read_plan(path: str | Path) -> dict[str, Any]:
         raise PlanError(f"plan {path} is no YAML: {_one_line(error)}") from None
     if not isinstance(plan, dict):
         raise PlanError(f"plan {path}: expected `key: value` lines, found {type(plan).__name__}")
-    return plan
+    if "extends" not in plan:
+        return plan
+    if path.resolve() in above:
+        raise PlanError(f"plan {path}: extends itself")
+    base = read_plan(path.parent / str(plan.pop("extends")), (*above, path.resolve()))
+    options = [_mapping(keys, "options", f"plan {path}") for keys in (base, plan)]
+    return {**base, **plan, "options": {**options[0], **options[1]}}
 
 
 def make_plan(
@@ -162,6 +179,7 @@ def make_plan(
         raise PlanError(f"plan {source}: recipe {recipe} is not there; expected a train.py")
     shared = {
         "seeds": keys.get("seeds", [1]),
+        "folds": keys.get("folds", []),
         "options": _mapping(keys, "options", f"plan {source}"),
         "grid": keys.get("grid"),
     }
@@ -260,11 +278,14 @@ def _rows(entry: Any, shared: Mapping[str, Any], source: Path, recipe: Path) -> 
         find_method(method, beside=recipe.parent / "hparams")
     except FileNotFoundError as error:
         raise PlanError(f"plan {source}: {error}") from None
-    seeds = entry.get("seeds", shared["seeds"])
-    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
-        raise PlanError(f"{where}: seeds: expected a list of whole numbers, got {seeds!r}")
-    if len(set(seeds)) < len(seeds):
-        raise PlanError(f"{where}: seeds: one is there twice in {seeds}")
+    repeats = {}
+    for key in ("seeds", "folds"):
+        numbers = repeats[key] = entry.get(key, shared[key])
+        fitting = isinstance(numbers, list) and all(type(n) is int for n in numbers)
+        if not fitting or (key == "seeds" and not numbers):
+            raise PlanError(f"{where}: {key}: expected a list of whole numbers, got {numbers!r}")
+        if len(set(numbers)) < len(numbers):
+            raise PlanError(f"{where}: {key}: one is there twice in {numbers}")
     settings = _settings(entry.get("grid", shared["grid"]), f"{where}: grid")
     options = {**shared["options"], **_mapping(entry, "options", where)}
     label = str(entry.get("label") or Path(method).stem)
@@ -275,8 +296,9 @@ def _rows(entry: Any, shared: Mapping[str, Any], source: Path, recipe: Path) -> 
                 label=f"{label}, {as_text(varied)}" if varied else label,
                 method=method,
                 options={**options, **varied},
-                seeds=tuple(seeds),
+                seeds=tuple(repeats["seeds"]),
                 settings=tuple(settings),
+                folds=tuple(repeats["folds"]),
             )
         )
     return rows

@@ -110,7 +110,7 @@ def _summary(group: Sequence[dict], names: Sequence[str]) -> dict:
     row = {"method": first.get("label") or first["method"], "scores": {}, "file": first["method"]}
     row["seeds"] = list(dict.fromkeys(run["seed"] for run in done))
     row["folds"] = sorted({run["fold"] for run in done if "fold" in run})
-    row["failed"] = [f"seed {run['seed']}: {run['failed']}" for run in group if "failed" in run]
+    row["failed"] = [f"{_which(run)}: {run['failed']}" for run in group if "failed" in run]
     if not done:
         return row
     for name in names:
@@ -134,6 +134,10 @@ def _summary(group: Sequence[dict], names: Sequence[str]) -> dict:
         times = [run["reach"]["seconds"] for run in done]
         row["reach_seconds"] = None if None in times else statistics.mean(times)
     return row
+
+
+def _which(run: dict) -> str:
+    return f"seed {run['seed']}" + (f", fold {run['fold']}" if "fold" in run else "")
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:

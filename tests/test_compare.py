@@ -49,6 +49,7 @@ results = {
     "trainable_encoder_parameters": 1000 * width, "trainable_parameters": 1000 * width + 7,
     "total_parameters": 10**6, "train_seconds": 10.0 * width, "step_seconds": 0.05,
     "audio_seconds_per_second": 3.0, "peak_memory_mb": 100.0 * width, "epochs": 2, "seed": seed,
+    **({"fold": int(options["fold"])} if "fold" in options else {}),
     "dev": {**dev, "cer": cer}, "history": history,
     "test": {} if options.get("testing") == "false" else {"test": {"cer": cer + 1, "wer": 90.0}},
 }
@@ -174,6 +175,39 @@ def test_trials_with_options_of_their_own_are_not_the_final_runs(recipe):
     carry_out(recipe, methods=["a"], options={"epochs": 9}, **keys)
     seen = [(o["lr"], o["epochs"], flags) for _, flags, o in calls(recipe)]
     assert seen == [("0.03", "1", []), ("0.011", "1", []), ("0.011", "9", [])]
+
+
+def test_folds_are_repeats_of_a_row_like_seeds_and_settings_are_chosen_on_the_first(recipe):
+    grid = {"lr": [0.03, 0.011]}
+    rows = ["a", {"method": "b", "folds": [2], "grid": grid, "options": {"break": "nothing"}}]
+    rows.append({"method": "b", "label": "c", "grid": grid})
+    with pytest.raises(SystemExit):
+        carry_out(recipe, methods=rows, seeds=[1, 2], folds=[1, 2, 3])
+    runs = json.loads(output(recipe, "runs.json").read_text())
+    assert [run.get("fold") for run in runs] == [*(1, 2, 3, 1, 2, 3), *(2, 2), *(1, 2, 3, 1, 2, 3)]
+    assert sum("failed" in run for run in runs) == 2  # both settings of the second row
+    c = [(o["lr"], o["seed"], o["fold"], f) for _, f, o in calls(recipe) if "/c/" in str(o)]
+    tested = [("0.011", seed, fold, []) for seed in "12" for fold in "123"]
+    tested[0] = ("0.011", "1", "1", ["--test_only"])  # the trial that was chosen
+    assert c == [("0.03", "1", "1", []), ("0.011", "1", "1", []), *tested]
+    table = output(recipe, "table.md").read_text()
+    assert "| 1, 2, 3 |" in table and "seed 1, fold 2: left no results" in table
+    progress = output(recipe, "progress.txt").read_text()
+    assert progress.startswith("finished: 16 runs, 2 of them failed")
+
+
+def test_a_plan_says_only_what_differs_from_the_one_that_it_extends(recipe):
+    base = {"seeds": [1, 2], "options": {"lr": 0.02, "width": 5}, "methods": ["a", "b"]}
+    (recipe / "base.yaml").write_text(json.dumps(base))
+    keys = {"extends": "base.yaml", "seeds": [7], "options": {"lr": 0.01}}
+    runs = carry_out(recipe, **keys)
+    assert [(run["label"], run["seed"]) for run in runs] == [("a", 7), ("b", 7)]
+    assert {(o["lr"], o["width"]) for _, _, o in calls(recipe)} == {("0.01", "5")}
+    (recipe / "base.yaml").write_text(json.dumps({"extends": "plan.yaml"}))
+    with pytest.raises(PlanError, match=r"plan\.yaml: extends itself"):
+        carry_out(recipe, **keys)
+    with pytest.raises(PlanError, match=r"nosuch\.yaml: cannot be read \(No such file"):
+        carry_out(recipe, extends="nosuch.yaml")
 
 
 def test_varied_options_make_a_row_each_so_that_pruning_is_one_plan(recipe):
@@ -326,6 +360,7 @@ def test_rows_can_be_picked_from_a_plan(recipe):
         ({"methods": [{"method": "a", "lr": 1}]}, "a: unknown key 'lr'"),
         ({"methods": ["a"], "seeds": []}, "seeds: expected a list of whole numbers, got"),
         ({"methods": ["a"], "seeds": [1, 1]}, "seeds: one is there twice"),
+        ({"methods": ["a"], "folds": "all"}, "folds: expected a list of whole numbers, got 'all'"),
         ({"methods": ["a", "a"]}, "two rows are called 'a'"),
         ({"methods": ["a"], "grid": {"lr": 0.1}}, "grid: lr: expected a list of values, got 0.1"),
         ({"methods": ["a"], "grid": [1]}, "expected {key: values} or a list of {key: value}"),
@@ -424,8 +459,9 @@ def test_the_plan_of_all_methods_has_every_method_file_but_the_one_for_encoders_
     path = ROOT / "recipes" / "LibriSpeech" / "ASR" / "plans" / "methods.yaml"
     rows = make_plan(read_plan(path), path).rows
     assert {row.method for row in rows} | {"cnn"} == {p.stem for p in METHODS.glob("*.yaml")}
-    # Learning rates are tried for two; the other rows are told one.
-    assert {row.method for row in rows if len(row.settings) > 1} == {"tpa", "full_finetune"}
+    # Learning rates are tried for these; the other rows are told one.
+    tried = {row.method for row in rows if len(row.settings) > 1}
+    assert tried == {"tpa", "full_finetune", "fusion", "weighted_sum"}
 
 
 REAL = """
