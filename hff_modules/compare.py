@@ -90,7 +90,8 @@ def record(plan: Plan, run: Run) -> None:
         Its folder holds a run that was started with something else.
     """
     path = run.folder / RECORD
-    now = {"recipe": str(plan.recipe), "method": run.row.method, "seed": run.seed}
+    recipe = os.path.relpath(plan.recipe, plan.output)  # so that both may be moved together
+    now = {"recipe": recipe, "method": run.row.method, "seed": run.seed}
     now |= {"options": run.options, "extra": list(plan.extra)}
     now = json.loads(json.dumps(now))
     try:
@@ -159,6 +160,7 @@ class Runner:
         self.free = self.free[:jobs]
         self.running: dict[Run, tuple[subprocess.Popen, str | None, float]] = {}
         self.outcomes: Outcomes = {}
+        self.since = time.monotonic()
 
     def start(self, run: Run) -> None:
         """Start a run, unless it is finished or cannot be."""
@@ -320,6 +322,7 @@ def write_report(plan: Plan, runner: Runner, finished: bool, pictures: bool = Tr
     if finished:
         failed = sum("failed" in outcome for outcome in runner.outcomes.values())
         lines = [f"finished: {len(runner.outcomes)} runs, {failed} of them failed"]
+        lines[0] += f"; {time.monotonic() - runner.since:.0f} s since this command was started"
     table = tables.markdown(runs) if runs else ""
     write_atomically(folder / "progress.txt", "\n".join(lines) + "\n\n" + table)
     if pictures:
@@ -424,8 +427,7 @@ def main(argv: Sequence[str]) -> list[dict]:
                 runs = compare(plan, runner)
         except KeyboardInterrupt:
             sys.exit(130)
-    if runs:
-        print(f"\n{tables.markdown(runs)}")
+    print(f"\n{(plan.output / 'progress.txt').read_text(encoding='utf-8')}")
     print(f"{plan.output}: table.md, table.csv, runs.json, trials.json, index.html, pictures")
     if any("failed" in run for run in runs):
         sys.exit(1)

@@ -269,6 +269,13 @@ def test_a_folder_of_a_run_with_other_options_is_a_failure_that_names_them(recip
     assert "was run with epochs 9, now it is 3" in run["failed"] and len(calls(recipe)) == 1
 
 
+def test_finished_runs_may_be_moved_with_their_recipe(recipe):
+    carry_out(recipe, methods=["a"])
+    moved = recipe.rename(recipe.with_name("elsewhere"))
+    (run,) = carry_out(moved, methods=["a"])
+    assert "failed" not in run and len(calls(moved)) == 1
+
+
 def test_results_that_cannot_be_read_are_made_again(recipe, capsys):
     carry_out(recipe, methods=["a"])
     path = output(recipe, "a/1/results.json")
