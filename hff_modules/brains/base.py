@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from hff_modules.brains.head_first import HeadFirst
+from hff_modules.brains.head_first import HeadFirst, checked_epochs
 from hff_modules.checkpoint import (
     RandomState,
     Several,
@@ -68,16 +68,6 @@ def trainable_parts(modules: Mapping[str, nn.Module]) -> dict[str, list[nn.Param
     return parts
 
 
-def _checked_epochs(hparams: Mapping[str, Any]) -> int:
-    epochs, limit = hparams.get("frozen_epochs", 0), hparams.get("number_of_epochs")
-    if type(epochs) is not int or epochs < 0 or (limit is not None and epochs >= max(limit, 1)):
-        raise ValueError(
-            "frozen_epochs: expected a whole number below number_of_epochs "
-            f"({limit}), got {epochs!r}"
-        )
-    return epochs
-
-
 class SSLBrain(sb.Brain):
     """A Brain for a (mostly) frozen encoder, a fusion and a head.
 
@@ -103,7 +93,7 @@ class SSLBrain(sb.Brain):
             hparams["ckpt_interval_minutes"] = 0  # SpeechBrain refuses to have both
         self.parts = dict(modules)  # as they are; self.modules may be wrapped for distribution
         self.encoder, self.horizon = modules["encoder"], modules["encoder"].horizon
-        self.head_first = HeadFirst(self.encoder, _checked_epochs(hparams))
+        self.head_first = HeadFirst(self.encoder, checked_epochs(hparams))
         super().__init__(
             modules=modules, hparams=hparams, run_opts=run_opts, checkpointer=checkpointer
         )

@@ -19,6 +19,23 @@ from hff_modules.data.loading import end_if_only_filled, filled_cache, read_sign
 from hff_modules.encoder import SSLEncoder
 
 
+def checked_epochs(hparams: Mapping[str, Any]) -> int:
+    """``frozen_epochs`` of a recipe, 0 by default.
+
+    Raises
+    ------
+    ValueError
+        No whole number, negative, or not below ``number_of_epochs``.
+    """
+    epochs, limit = hparams.get("frozen_epochs", 0), hparams.get("number_of_epochs")
+    if type(epochs) is not int or epochs < 0 or (limit is not None and epochs >= max(limit, 1)):
+        raise ValueError(
+            "frozen_epochs: expected a whole number below number_of_epochs "
+            f"({limit}), got {epochs!r}"
+        )
+    return epochs
+
+
 class HeadFirst:
     """Lets everything that is trained in an encoder wait, as if nothing had been attached.
 
