@@ -23,6 +23,7 @@ from hff_modules import plots
 from hff_modules.cli import run
 from hff_modules.files import write_atomically
 from hff_modules.page import page
+from hff_modules.tables import score_title
 
 NAME = "layers"
 
@@ -61,7 +62,7 @@ def score_keys(report: Mapping[str, Any]) -> list[str]:
 def layer_table(report: Mapping[str, Any]) -> list[list[str]]:
     """Head and one row for each layer, then the weighted sum."""
     keys = score_keys(report)
-    heads = [key if key == "loss" else f"{key.upper()} %" for key in keys]
+    heads = [key if key == "loss" else f"{score_title(key)} %" for key in keys]
     table = [["layer", *(f"dev {head}" for head in heads), "weight in a sum"]]
     weights = report["weighted_sum"]["weights"]
     for probe, weight in zip(report["probes"], weights, strict=True):

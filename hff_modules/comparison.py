@@ -254,8 +254,9 @@ def draw(runs: Sequence[dict], folder: Path, anew: bool = True) -> list[Path]:
         if not points:
             continue
         if anew or not path.exists():
-            score = f"{names[0].rpartition(' ')[0]} {names[0].rpartition(' ')[2].upper()} (%)"
+            dataset, _, score = names[0].rpartition(" ")
             larger = tables.is_better_when_larger(names[0])
-            plots.scatter(points, path, axis, score, larger_is_better=larger)
+            title = f"{dataset} {tables.score_title(score)} (%)"
+            plots.scatter(points, path, axis, title, larger_is_better=larger)
         paths.append(path)
     return paths

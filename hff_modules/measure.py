@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hff_modules.files import write_atomically
+from hff_modules.tables import score_title
 
 
 def count_parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -179,9 +180,7 @@ def table(results: Mapping[str, Any]) -> str:
     rows.append(("peak memory", f"{results['peak_memory_mb']:.0f} MB"))
     for name, scores in results["test"].items():
         numbers = ", ".join(
-            f"{key.replace('_', ' ').upper()} {value:.2f} %"
-            for key, value in scores.items()
-            if key in PERCENT
+            f"{score_title(key)} {value:.2f} %" for key, value in scores.items() if key in PERCENT
         )
         rows.append((f"test {name}", numbers))
     width = max(len(name) for name, _ in rows)

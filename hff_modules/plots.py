@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hff_modules.tables import score_title
+
 MISSING = "no pictures: matplotlib is not installed; pip install 'hff-modules[plots]'"
 
 
@@ -258,7 +260,7 @@ def layers(report: Mapping[str, Any], path: Path) -> None:
     for compared in report.get("auto", {}).get("compared", [])[:1]:
         scores.axhline(compared[score], color="black", linestyle=":", label="chosen ones together")
     higher = "higher" if score == "accuracy" else "lower"
-    scores.set_ylabel(f"{score.upper()} of a linear probe on dev (%), {higher} is better")
+    scores.set_ylabel(f"{score_title(score)} of a linear probe on dev (%), {higher} is better")
     handles, names = scores.get_legend_handles_labels()
     shown = [n for n, name in enumerate(names) if chosen or "chosen" not in name]
     scores.legend([handles[n] for n in shown], [names[n] for n in shown], fontsize=8)

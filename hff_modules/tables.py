@@ -93,6 +93,18 @@ def score_names(runs: Sequence[dict]) -> list[str]:
     ]
 
 
+def score_title(score: str) -> str:
+    """A score's name as people write it.
+
+    Example
+    -------
+    >>> score_title("cer_lm"), score_title("unweighted_accuracy")
+    ('CER LM', 'unweighted accuracy')
+    """
+    short = ("cer", "wer", "eer", "lm")
+    return " ".join(word.upper() if word in short else word for word in score.split("_"))
+
+
 def is_better_when_larger(name: str) -> bool:
     """Whether a score, "test-mini accuracy" say, is no error rate."""
     return name.split()[-1] in LARGER_IS_BETTER
@@ -160,10 +172,11 @@ def cells(runs: Sequence[dict]) -> list[list[str]]:
     if any("chosen" in run for run in known):
         columns.append(("chosen on dev", lambda row: row["chosen"] or "–"))
     if known and "score" in known[0]:
-        columns.append((f"dev {known[0]['score'].upper()} %", lambda row: _rounded(row["dev"])))
+        head = f"dev {score_title(known[0]['score'])} %"
+        columns.append((head, lambda row: _rounded(row["dev"])))
     for name in names:
         dataset, _, score = name.rpartition(" ")
-        head = f"{dataset} {score.upper().replace('_', ' ')} %"
+        head = f"{dataset} {score_title(score)} %"
         columns.append((head, lambda row, name=name: _rounded(row["scores"].get(name))))
     if any("fold" in run for run in known):
         columns.append(("folds", lambda row: ", ".join(map(str, row["folds"]))))
@@ -173,7 +186,7 @@ def cells(runs: Sequence[dict]) -> list[list[str]]:
     ]
     if any("reach" in run for run in known):
         reach = next(run["reach"] for run in known if "reach" in run)
-        head = f"s to dev {reach['score'].upper()} {reach['value']:.1f} %"
+        head = f"s to dev {score_title(reach['score'])} {reach['value']:.1f} %"
         columns.append((head, lambda row: _or_dash(row["reach_seconds"], "{:.0f}")))
     columns += [
         ("step ms", lambda row: _or_dash(row["step_seconds"], "{:.0f}", 1000)),

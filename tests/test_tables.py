@@ -73,5 +73,5 @@ def test_folds_of_one_seed_make_one_row_that_names_them():
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
     row = dict(zip(lines[0], lines[-1], strict=True))
     assert len(lines) == 3 and row["folds"] == "1, 2" and row["seeds"] == "1"
-    assert row["test ACCURACY %"] == "70.0 ± 14.1"
-    assert row["test UNWEIGHTED ACCURACY %"] == "60.0 ± 14.1"
+    assert row["test accuracy %"] == "70.0 ± 14.1"
+    assert row["test unweighted accuracy %"] == "60.0 ± 14.1"
