@@ -246,10 +246,14 @@ def test_layer_adapters_are_normalised_maps_of_each_state():
     states = torch.randn(3, 2, 5, 8)
     fusion = LayerAdapters(3, 8, output_size=6)
     assert fusion.layer_weights() == pytest.approx([1 / 3] * 3)
+    for parameter in fusion.parameters():
+        torch.nn.init.normal_(parameter)
+    weights = torch.exp(fusion.weights) / torch.exp(fusion.weights).sum()
     expected = 0
-    for (linear, _, norm), state in zip(fusion.adapters, states, strict=True):
-        mapped = torch.nn.functional.gelu(state @ linear.weight.T)
-        expected = expected + torch.nn.functional.layer_norm(mapped, (6,), eps=norm.eps) / 3
+    for weight, (linear, _, norm), state in zip(weights, fusion.adapters, states, strict=True):
+        mapped = torch.nn.functional.gelu(state @ linear.weight.T + linear.bias)
+        normal = torch.nn.functional.layer_norm(mapped, (6,), eps=norm.eps)
+        expected = expected + weight * (normal * norm.weight + norm.bias)
     torch.testing.assert_close(fusion(states), expected)
 
 

@@ -115,6 +115,21 @@ def test_hierarchical_conv_equals_a_convolution_written_out_over_the_layer_axis(
     torch.testing.assert_close(fusion(STATES), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_hierarchical_conv_has_the_output_and_gradients_of_torch_convolutions():
+    fusion = randomise(HierarchicalConv(13, 12))  # two: 13 layers -> 5 -> 2 positions
+    states, names = torch.randn(13, 2, 7, 12), [name for name, _ in fusion.named_parameters()]
+    hidden = states.permute(1, 2, 3, 0).flatten(0, 1)
+    for convolution in fusion.convolutions:
+        hidden = torch.relu(convolution(hidden))
+    expected, features = hidden.reshape(2, 7, 12), fusion(states)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    direction = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * direction).sum(), fusion.parameters())
+    found = torch.autograd.grad((features * direction).sum(), fusion.parameters())
+    for name, a, b in zip(names, found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=lambda m, name=name: name + m)
+
+
 def test_hierarchical_fusion_equals_its_formula_on_five_states():
     fusion = randomise(HierarchicalFusion(5, 12, 4, 6))
     gelu, parameters = nn.functional.gelu, dict(fusion.named_parameters())
