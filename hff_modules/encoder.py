@@ -80,6 +80,7 @@ class SSLEncoder(nn.Module):
         self.model = family.model
         self.adapters = nn.ModuleDict()  # by name; see hff_modules.adapters
         self._family = family
+        self._states_below = _states_below(family)
         self._fingerprints = fingerprints(family)
         self.train(self.training)
 
@@ -103,25 +104,13 @@ class SSLEncoder(nn.Module):
     @property
     def horizon(self) -> int:
         """The highest state that training cannot change; -1 if there is none, not even state 0."""
-        family = self._family
         lowest = self.top
         for adapter in self.adapters.values():
             # Frames that stay in front are in no stored state: all layers are run anew, always.
             trained = adapter.frames_stay or any(p.requires_grad for p in adapter.parameters())
             if adapter.enabled and trained:
                 lowest = min(lowest, adapter.lowest_changed() - 1)
-        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
-        if not trained:
-            return lowest
-        if family.final_norm is not None:  # it makes the last state out of the last layer's output
-            in_norm = {id(p) for p in family.final_norm.parameters()}
-            if trained & in_norm:
-                lowest, trained = min(lowest, self.num_layers - 1), trained - in_norm
-        for number in range(len(family.layers), 0, -1):
-            in_layer = {id(p) for p in family.layers[number - 1].parameters()}
-            if trained & in_layer:
-                lowest, trained = min(lowest, number - 1), trained - in_layer
-        return -1 if trained else lowest
+        return min([lowest, *(below for p, below in self._states_below if p.requires_grad)])
 
     @property
     def fingerprint(self) -> str:
@@ -245,10 +234,10 @@ class SSLEncoder(nn.Module):
         None if training reaches the front end, or if it reaches into Whisper: its layers also read
         the silence behind the speech, which is not kept.
         """
-        if self.horizon < 0 or (self.horizon < self.top and self._family.hears_padding):
+        horizon = self.horizon
+        if horizon < 0 or (horizon < self.top and self._family.hears_padding):
             return []
-        below = [number for number in self.layers if number <= self.horizon]
-        return sorted({*below, self.horizon})
+        return sorted({*(number for number in self.layers if number <= horizon), horizon})
 
     @torch.no_grad()
     def encode(
@@ -448,3 +437,18 @@ class SSLEncoder(nn.Module):
         dtype = _PRECISIONS[self.precision]
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
             yield
+
+
+def _states_below(family) -> list[tuple[nn.Parameter, int]]:
+    """Each parameter with the highest state that training it leaves alone; -1 if there is none.
+
+    Gathered once: every step asks for the horizon, and walking through all modules takes longer
+    than a step on stored states.
+    """
+    below: dict[int, int] = {}
+    if family.final_norm is not None:  # it makes the last state out of the last layer's output
+        below |= {id(p): len(family.layers) - 1 for p in family.final_norm.parameters()}
+    for number, layer in enumerate(family.layers, start=1):
+        for parameter in layer.parameters():
+            below.setdefault(id(parameter), number - 1)
+    return [(parameter, below.get(id(parameter), -1)) for parameter in family.model.parameters()]
