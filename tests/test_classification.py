@@ -55,7 +55,7 @@ def test_every_method_classifies(job, tmp_path, method, make_encoder_folder):
     options = ["--encoder", make_encoder_folder("wav2vec2-base")] if method == "cnn" else []
     results = job(tmp_path, *options, method=method)
     assert results["task"] == "classification" and results["method"] == method
-    scores = {"loss", "error", "accuracy", "unweighted_accuracy"}
+    scores = {"loss", "error", "accuracy", "unweighted_error", "unweighted_accuracy"}
     assert results["test"]["test"].keys() == scores | {"accuracy pitch", "accuracy length"}
     labels = json.loads((tmp_path / "labels.json").read_text())
     assert labels == {"pitch": ["high", "low"], "length": ["long", "short"]}
@@ -145,7 +145,7 @@ def test_scores_are_those_counted_by_hand():
     references = [[0], [0], [0], [0], [1], [1], [2]]
     hypotheses = [[0], [0], [0], [1], [1], [0], [0]]
     scores = Told(labels, references, hypotheses).scores(stage=None)
-    assert scores.keys() == {"loss", "error", "accuracy", "unweighted_accuracy"}
+    assert scores.keys() == {"loss", "error", "accuracy", "unweighted_error", "unweighted_accuracy"}
     assert scores["accuracy"] == pytest.approx(100 * 4 / 7)
     assert scores["error"] == pytest.approx(100 * 3 / 7)
     assert scores["unweighted_accuracy"] == pytest.approx(100 * (3 / 4 + 1 / 2 + 0) / 3)

@@ -79,7 +79,7 @@ class ClassificationBrain(SSLBrain):
         """Loss; in percent error and accuracy of all slots together, and per slot if several.
 
         ``unweighted_accuracy`` is the mean recall of the classes, averaged over slots: every class
-        counts alike however rare. On test also writes what was found, ``test-<set>.json``.
+        counts alike however rare; ``unweighted_error`` is what it lacks. On test also writes what was found, ``test-<set>.json``.
         """
         stats = {slot: ClassificationStats() for slot in self.labels}
         for name, truth, found in zip(self.ids, self.references, self.hypotheses, strict=True):
@@ -89,11 +89,13 @@ class ClassificationBrain(SSLBrain):
         right = sum(t == f for t, f in zip(self.references, self.hypotheses, strict=True))
         accuracy = 100 * right / len(self.ids)
         recalls = [_mean_recall(summary["classwise_accuracy"]) for summary in summaries.values()]
+        unweighted = 100 * sum(recalls) / len(recalls)
         scores = {
             "loss": self.loss_total / len(self.ids),
             "error": 100 - accuracy,
             "accuracy": accuracy,
-            "unweighted_accuracy": 100 * sum(recalls) / len(recalls),
+            "unweighted_error": 100 - unweighted,
+            "unweighted_accuracy": unweighted,
         }
         if len(summaries) > 1:
             for slot, summary in summaries.items():
