@@ -79,8 +79,8 @@ class ClassificationBrain(SSLBrain):
         """Loss; in percent error and accuracy of all slots together, and per slot if several.
 
         ``unweighted_accuracy`` is the mean recall of the classes, averaged over slots: every class
-        counts alike however rare; ``unweighted_error`` is what it lacks. On test also writes what was
-        found, ``test-<set>.json``.
+        counts alike however rare; ``unweighted_error`` is what it lacks. On test also writes what
+        was found, ``test-<set>.json``.
         """
         stats = {slot: ClassificationStats() for slot in self.labels}
         for name, truth, found in zip(self.ids, self.references, self.hypotheses, strict=True):
