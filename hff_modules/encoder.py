@@ -80,7 +80,6 @@ class SSLEncoder(nn.Module):
         self.model = family.model
         self.adapters = nn.ModuleDict()  # by name; see hff_modules.adapters
         self._family = family
-        self._states_below = _states_below(family)
         self._fingerprints = fingerprints(family)
         self.train(self.training)
 
@@ -166,6 +165,7 @@ class SSLEncoder(nn.Module):
         everywhere, so their statistics do not drift.
         """
         super().train(mode)
+        self._states_below = _states_below(self._family)
         self._mode_horizon = self.horizon
         if mode and self._mode_horizon >= 0:
             self.model.eval()
@@ -442,8 +442,8 @@ class SSLEncoder(nn.Module):
 def _states_below(family) -> list[tuple[nn.Parameter, int]]:
     """Each parameter with the highest state that training it leaves alone; -1 if there is none.
 
-    Gathered once: every step asks for the horizon several times, and a walk through all modules
-    takes some of the few milliseconds of a step on stored states.
+    Gathered whenever the mode is set, not in every step: a step asks for the horizon several times,
+    and a walk through all modules takes some of the few milliseconds of a step on stored states.
     """
     below: dict[int, int] = {}
     if family.final_norm is not None:  # it makes the last state out of the last layer's output

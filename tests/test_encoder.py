@@ -157,6 +157,15 @@ def test_in_full_fine_tuning_every_trained_tensor_moves_and_every_other_stays(
             assert torch.equal(before[key], value), key
 
 
+def test_weights_that_were_added_to_the_model_move_the_horizon_when_the_mode_is_set(encoder_folder):
+    encoder = SSLEncoder(encoder_folder)
+    before = encoder.horizon
+    layer = encoder._family.layers[1]
+    layer.added = torch.nn.Linear(2, 2)
+    encoder.train()
+    assert (before, encoder.horizon) == (encoder.top, 1)
+
+
 def test_the_horizon_is_the_last_layer_when_only_the_final_norm_is_trained(make_encoder_folder):
     encoder = SSLEncoder(make_encoder_folder("wav2vec2-large"), layers="all")
     encoder._family.final_norm.requires_grad_(True)
