@@ -11,6 +11,7 @@ from transformers import Wav2Vec2Config
 import hff_modules.encoder
 from hff_modules import HierarchicalFusion, InterAdapter, LayerAdapters, SSLEncoder, adapters
 from hff_modules.adapters import METHODS, AdapterError
+from hff_modules.adapters.bottleneck import Bottleneck
 from hff_modules.adapters.compacter import KroneckerLinear
 from tests.test_adapters import encode, small_options, train
 from tests.test_encoder import SAMPLES, speech
@@ -232,6 +233,17 @@ def test_compacters_map_is_the_sum_of_kronecker_products():
     ]  # fmt: skip
     x = torch.randn(2, 5, 12)
     torch.testing.assert_close(linear(x, a), x @ sum(products).T + linear.bias)
+
+
+def test_a_norm_behind_the_bottleneck_does_not_enlarge_the_first_small_step():
+    torch.manual_seed(0)
+    part, x = Bottleneck(24, 6, norm="after"), torch.randn(8, 24)
+    optimizer = torch.optim.Adam(part.parameters(), lr=0.001)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (part(x) - x).square().mean().backward()
+        optimizer.step()
+    assert 0 < part(x).abs().max() < 0.02, "with a zero map in front of the norm it would be 2"
 
 
 def test_inter_adapter_is_the_weighted_sum_at_birth_and_moves_on():

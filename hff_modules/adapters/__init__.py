@@ -33,7 +33,7 @@ METHODS: dict[str, tuple[type[Adapter], dict]] = {
     "pfeiffer": (SerialBottleneck, {"places": ("feed_forward",)}),
     "thomas": (SerialBottleneck, {"norm": "before"}),
     # With its authors' init_std=1e-3 it is not quite the identity at birth: the norm enlarges what
-    # the tiny weights give. Our default, a zero last map, is.
+    # the tiny weights give. Our default, a norm whose scale is zero, is.
     "e_adapter": (SerialBottleneck, {"places": ("feed_forward",), "norm": "after"}),
     "compacter": (Compacter, {}),
     "adapter_bias": (AdapterBias, {}),

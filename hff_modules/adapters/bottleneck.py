@@ -29,8 +29,10 @@ class Bottleneck(nn.Module):
     norm : str, optional
         "before" the first map, or "after" the last one (as ELP has it).
     init_std : float, optional
-        Both maps are drawn from N(0, init_std²), biases zero, as ELP has it. By default the first
-        is torch's own and the second zero, so that the result is zero at first.
+        Both maps are drawn from N(0, init_std²), biases zero, as ELP has it. By default they are
+        torch's own but for one that is zero, so that the result is, too: the last map, or the
+        scale of a norm behind it. (Behind a zero map that norm would turn the first, smallest
+        change into a result of unit variance.)
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Bottleneck(nn.Module):
         self.norm = None if norm is None else nn.LayerNorm(size)
         self.norm_last = norm == "after"
         if init_std is None:
-            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.norm.weight if self.norm_last else self.up.weight)
         else:
             nn.init.normal_(self.down.weight, std=init_std)
             nn.init.normal_(self.up.weight, std=init_std)
