@@ -51,6 +51,21 @@ def switched_on(argv: Sequence[str], *keys: str) -> list[str]:
     return line
 
 
+def without_wait(argv: Sequence[str]) -> list[str]:
+    """A command line on which a run that starts from another one does not wait with the encoder.
+
+    Its head knows the adapted encoder; ``frozen_epochs`` would show it the plain one again. What
+    is said of them on the command line holds.
+
+    Example
+    -------
+    >>> without_wait(["fusion_tpa", "--start_from", "results/fr"])
+    ['fusion_tpa', '--start_from', 'results/fr', '--frozen_epochs', '0']
+    """
+    started = given(argv, "start_from") and given(argv, "frozen_epochs") is None
+    return [*argv, "--frozen_epochs", "0"] if started else list(argv)
+
+
 def load_config(
     argv: list[str], base: str | Path | Sequence[str | Path]
 ) -> tuple[dict[str, Any], Any]:

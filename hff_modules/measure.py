@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hff_modules.files import write_atomically
-from hff_modules.tables import score_title
+from hff_modules.tables import SCORES, score_title
 
 
 def count_parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -125,9 +125,6 @@ def _peak_resident_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-PERCENT = (
-    *("wer", "cer", "wer_lm", "cer_lm", "eer", "eer_s_norm", "accuracy", "unweighted_accuracy"),
-)
 PACKAGES = ("torch", "torchaudio", "speechbrain", "transformers")
 
 
@@ -180,7 +177,7 @@ def table(results: Mapping[str, Any]) -> str:
     rows.append(("peak memory", f"{results['peak_memory_mb']:.0f} MB"))
     for name, scores in results["test"].items():
         numbers = ", ".join(
-            f"{score_title(key)} {value:.2f} %" for key, value in scores.items() if key in PERCENT
+            f"{score_title(key)} {value:.2f} %" for key, value in scores.items() if key in SCORES
         )
         rows.append((f"test {name}", numbers))
     width = max(len(name) for name, _ in rows)

@@ -19,7 +19,8 @@ from pathlib import Path
 from hff_modules.files import write_atomically
 
 SCORES = (  # in percent
-    *("cer", "wer", "cer_lm", "wer_lm", "eer", "eer_s_norm", "accuracy", "unweighted_accuracy"),
+    *("cer", "wer", "cer_beam", "wer_beam", "cer_lm", "wer_lm"),
+    *("eer", "eer_s_norm", "accuracy", "unweighted_accuracy"),
 )
 LARGER_IS_BETTER = ("accuracy", "unweighted_accuracy")
 

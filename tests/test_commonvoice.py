@@ -145,6 +145,19 @@ def test_minutes_are_drawn_from_all_speakers_the_same_ones_every_time(data, save
         rows(data, save, max_minutes=0)
 
 
+def test_sentences_that_train_shares_are_counted_and_left_out_of_it_on_demand(data, save, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert len(rows(data, save)) == 6
+    assert "fr: dev: 6 of 6 sentences are said in train, too" in caplog.text
+    assert "fr: test: 6 of 6 sentences are said in train, too" in caplog.text
+    with pytest.raises(ValueError, match="fr: train: all 6 sentences are said in another part"):
+        rows(data, save, drop_shared_texts=True)
+    edit(data / "fr/train.tsv", "train_0.wav\tL’été", "train_0.wav\tHiver")
+    edit(data / "fr/dev.tsv", "dev_0.wav\tL’été", "dev_0.wav\tPluie")
+    assert [row["wrd"] for row in rows(data, save, drop_shared_texts=True)] == ["hiver dit il"]
+    assert len(rows(data, save, part="dev", drop_shared_texts=True)) == 6, "scored as it is"
+
+
 def test_the_units_are_shown_before_training(data, save, caplog):
     with caplog.at_level(logging.INFO):
         rows(data, save, "ml")

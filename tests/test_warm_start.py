@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from hff_modules.checkpoint import CheckpointError, Trained
+from hff_modules.config import METHODS, merge_files
 from hff_modules.data import CharUnits, SentencePieceUnits
 from hff_modules.heads import LinearHead
 from hff_modules.warm_start import best_checkpoint, start_from
@@ -199,14 +200,22 @@ def test_few_shot_settings_go_with_every_method(run, tmp_path, method):
     assert "limit_warmup: 0\n" not in config
 
 
+def test_few_shot_settings_can_stop_early():
+    few = merge_files(METHODS / "base/few_shot.yaml")
+    assert few["epoch_counter"]["limit_warmup"] + few["patience"] < few["number_of_epochs"]
+
+
 def test_a_language_model_is_weighed_on_dev_and_scored_beside_the_best_path(run, tmp_path):
     options = ["--lm", "char", "--lm_order", "3", "--lm_alpha", "[0.5]", "--lm_beta", "[0.0, 1.0]"]
     results = run(tmp_path / "run", "mt", *options)
     lm = results["lm"]
     assert (lm["kind"], lm["order"], lm["text"], lm["dev_utterances"]) == ("char", 3, None, 3)
     assert (lm["alpha"], lm["beta"]) in [(0, 0), (0.5, 0), (0.5, 1)]
-    assert results["test"]["mt"].keys() == {"loss", "wer", "cer", "wer_lm", "cer_lm"}
-    assert "\n  lm  " in (tmp_path / "run/test-mt.txt").read_text()
+    assert results["test"]["mt"].keys() == {
+        *("loss", "wer", "cer", "wer_beam", "cer_beam", "wer_lm", "cer_lm")
+    }
+    assert "\n  lm   " in (tmp_path / "run/test-mt.txt").read_text()
+    assert lm["dev"]["cer"] <= lm["dev_beam"]["cer"]
 
 
 def test_a_language_model_of_a_text_can_be_applied_to_a_finished_run(run, tmp_path):

@@ -56,7 +56,8 @@ class CTCBrain(SSLBrain):
         super().__init__(*args, task=task, **kwargs)
         self.units = units
         self.searcher = None
-        self.lm, self.lm_search, self.dev_loader = None, None, None
+        self.lm, self.dev_loader = None, None
+        self.searches: dict[str, Fused] = {}  # by what scores of theirs end in
         self.about: dict[str, Any] = {}  # what results.json says besides
 
     def compute_forward(self, batch, stage):
@@ -88,9 +89,10 @@ class CTCBrain(SSLBrain):
             self.ids += batch.id
             self.references += batch.wrd
             self.hypotheses += self.decode(log_probs, lengths, stage)
-            if stage == sb.Stage.TEST and self.lm_search is not None:
+            if stage == sb.Stage.TEST:
                 relative = lengths.to(log_probs.device) / log_probs.shape[1]
-                self.lm_hypotheses += self.lm_search(log_probs, relative)
+                for name, search in self.searches.items():
+                    self.searched[name] += search(log_probs, relative)
         return self.mean_loss(losses.sum(), count, stage)
 
     def decode(self, log_probs, lengths, stage) -> list[str]:
@@ -109,25 +111,28 @@ class CTCBrain(SSLBrain):
         """Forget what was decoded before."""
         super().on_stage_start(stage, epoch)
         self.loss_total, self.loss_count = 0.0, 0
-        self.ids, self.references, self.hypotheses, self.lm_hypotheses = [], [], [], []
+        self.ids, self.references, self.hypotheses = [], [], []
+        self.searched: dict[str, list[str]] = {name: [] for name in self.searches}
 
     def scores(self, stage) -> dict[str, float]:
         """WER and CER in percent, loss per unit; on test also writes what was recognised.
 
-        With a language model also ``wer_lm`` and ``cer_lm`` on test.
+        With a language model also ``wer_lm`` and ``cer_lm`` on test, and ``wer_beam`` and
+        ``cer_beam`` of the same search without it.
         """
         hypotheses = [" ".join(text.split()) for text in self.hypotheses]
         scores = {"loss": self.loss_total / max(self.loss_count, 1)}
         scores |= error_rates(self.references, hypotheses)
         texts = {"ref": self.references, "hyp": hypotheses}
-        if self.lm_hypotheses:
-            texts["lm "] = self.lm_hypotheses
-            rates = error_rates(self.references, self.lm_hypotheses)
-            scores |= {f"{name}_lm": value for name, value in rates.items()}
+        if stage == sb.Stage.TEST:
+            for search, said in self.searched.items():
+                texts[search] = said
+                rates = error_rates(self.references, said)
+                scores |= {f"{name}_{search}": value for name, value in rates.items()}
         if stage == sb.Stage.TEST and if_main_process():
-            lines = []
+            lines, width = [], max(map(len, texts))
             for name, *said in sorted(zip(self.ids, *texts.values(), strict=True)):
-                lines += [name, *(f"  {w} {t}" for w, t in zip(texts, said, strict=True))]
+                lines += [name, *(f"  {w:{width}} {t}" for w, t in zip(texts, said, strict=True))]
             text = "\n".join(lines) + "\n"
             write_atomically(Path(self.hparams.output_folder) / f"test-{self.test_set}.txt", text)
         return scores
@@ -136,7 +141,7 @@ class CTCBrain(SSLBrain):
         """Score the best checkpoint; before, choose a language model's weights on dev."""
         if self.lm is not None and test_sets and getattr(self.hparams, "testing", True):
             self.on_evaluate_start(min_key=self.hparams.select_by)
-            self.lm_search = self.choose_weights(*self._some_of_dev())
+            self.searches = self.choose_weights(*self._some_of_dev())
         return super().test(test_sets)
 
     def _some_of_dev(self) -> tuple[list[torch.Tensor], list[str]]:
@@ -155,19 +160,25 @@ class CTCBrain(SSLBrain):
         found = found[:: max(1, math.ceil(frames / allowed))]
         return [row for _, row, _ in found], [text for _, _, text in found]
 
-    def choose_weights(self, outputs: Sequence[torch.Tensor], references: Sequence[str]) -> Fused:
-        """The search whose weights make the fewest errors; without the model if that is best."""
+    def choose_weights(
+        self, outputs: Sequence[torch.Tensor], references: Sequence[str]
+    ) -> dict[str, Fused]:
+        """The search without the model, and with the weights that make the fewest errors.
+
+        The model has no weight where that is best. What it gains is seen beside the search without
+        it: the search alone finds other texts than the best path, mostly better ones.
+        """
         kind, name = self.hparams.lm, "wer" if self.hparams.select_by == "wer" else "cer"
         pairs = itertools.product(self.hparams.lm_alpha, self.hparams.lm_beta)
-        best = None
+        found = []
         for alpha, beta in [(0.0, 0.0), *pairs]:
             search = Fused(self.lm, kind, self.units, alpha, beta, self.hparams.lm_beam)
             texts = [search(row[None], torch.ones(1))[0] for row in outputs]
             rates = error_rates(references, texts)
             logger.info(f"language model on dev, alpha {alpha:g}, beta {beta:g}: {rates}")
-            if best is None or rates[name] < best[0][name]:
-                best = rates, {"alpha": alpha, "beta": beta}, search
-        rates, weights, search = best
+            found.append((rates, {"alpha": alpha, "beta": beta}, search))
+        rates, weights, best = min(found, key=lambda one: one[0][name])  # the first of equal ones
+        without, _, beam = found[0]
         self.about["lm"] = {
             "kind": kind,
             "order": self.lm.top_order,
@@ -175,8 +186,9 @@ class CTCBrain(SSLBrain):
             **weights,
             "dev_utterances": len(references),
             "dev": rates,
+            "dev_beam": without,
         }
-        return search
+        return {"beam": beam, "lm": best}
 
     def results(self, test: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """Everything that ``results.json`` holds."""

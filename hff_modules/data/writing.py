@@ -203,7 +203,10 @@ def writing_of(sentences: Iterable[str], language: str = "", keep_harakat: bool 
 
 
 def clean_parts(
-    parts: Mapping[str, Mapping[str, str]], language: str = "", keep_harakat: bool = False
+    parts: Mapping[str, Mapping[str, str]],
+    language: str = "",
+    keep_harakat: bool = False,
+    drop_shared_texts: bool = False,
 ) -> dict[str, dict[str, str]]:
     """Clean the sentences of all parts, by rules found in the training part; logs what is lost.
 
@@ -218,6 +221,8 @@ def clean_parts(
     language : str
         Its code, for messages and for rules of case.
     keep_harakat : bool
+    drop_shared_texts : bool
+        Leave texts that another part has, too, out of ``train``. They are counted in any case.
 
     Returns
     -------
@@ -252,7 +257,29 @@ def clean_parts(
         cleaned[part] = texts
     if dropped:
         logger.info(f"{name}characters left out: {_counted(dropped)}")
+    _judge_shared(cleaned, drop_shared_texts, name)
     return cleaned
+
+
+def _judge_shared(parts: dict[str, dict[str, str]], drop: bool, name: str) -> None:
+    """Count the texts of other parts that train has, too; take them from train where asked for."""
+    train = parts["train"]
+    known = set(train.values())
+    for part, texts in parts.items():
+        shared = sum(text in known for text in texts.values())
+        if part != "train" and shared and not drop:
+            logger.warning(
+                f"{name}{part}: {shared} of {len(texts)} sentences are said in train, too: scores "
+                "on them are of new voices, not of new sentences (see drop_shared_texts)"
+            )
+    if not drop:
+        return
+    others = {text for part, texts in parts.items() if part != "train" for text in texts.values()}
+    parts["train"] = {ID: text for ID, text in train.items() if text not in others}
+    left_out = len(train) - len(parts["train"])
+    logger.info(f"{name}train: {left_out} of {len(train)} left out, said in another part, too")
+    if not parts["train"]:
+        raise ValueError(f"{name}train: all {len(train)} sentences are said in another part, too")
 
 
 def clean_text_file(

@@ -38,6 +38,7 @@ def prepare_commonvoice(
     max_dev_minutes: float | None = None,
     max_missing: float = 0.05,
     keep_harakat: bool = False,
+    drop_shared_texts: bool = False,
 ) -> dict[str, dict[str, Path]]:
     """Write the manifests of one language or of several, each in a folder of its own.
 
@@ -56,6 +57,8 @@ def prepare_commonvoice(
         Share of a part's clips that may be absent; another such share may be unreadable.
     keep_harakat : bool
         Keep the vowel marks of Arabic script.
+    drop_shared_texts : bool
+        Leave sentences that dev or test has, too, out of train. They are counted in any case.
 
     Returns
     -------
@@ -85,7 +88,7 @@ def prepare_commonvoice(
         raise FileNotFoundError(
             f"language {', '.join(absent)}: no such folder with a train.tsv in {root}; {there}"
         )
-    options = (limits, max_missing, keep_harakat)
+    options = (limits, max_missing, keep_harakat, drop_shared_texts)
     return {
         name: _prepare_language(root, Path(save_folder) / name, name, *options)
         for name in languages
@@ -105,6 +108,7 @@ def _prepare_language(
     limits: Mapping[str, float | None],
     max_missing: float,
     keep_harakat: bool,
+    drop_shared_texts: bool,
 ) -> dict[str, Path]:
     folder = expect(root / language, [*(f"{part}.tsv" for part in PARTS), "clips"], LAYOUT)
     names = [file.name for file in os.scandir(folder / "clips")]
@@ -136,7 +140,7 @@ def _prepare_language(
         _refuse_twice(found, table)
         parts[part] = found
     sentences = {part: {r["ID"]: r["sentence"] for r in rows} for part, rows in parts.items()}
-    texts = clean_parts(sentences, language, keep_harakat)
+    texts = clean_parts(sentences, language, keep_harakat, drop_shared_texts)
     made = {
         part: [
             {"ID": r["ID"], "wav": r["wav"], "spk_id": r["spk_id"], "wrd": texts[part][r["ID"]]}

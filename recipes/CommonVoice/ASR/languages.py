@@ -4,7 +4,7 @@
 
 Everything but the languages goes to ``hff_modules.compare``, which goes on where it was stopped.
 The runs of a row and a seed become one entry of ``measured.json``: CER of each language, their mean
-as the set "mean", and with a language model as "mean with LM".
+as the set "mean", and with a language model those of the beam search without and with it.
 """
 
 import json
@@ -20,7 +20,7 @@ from hff_modules.files import write_atomically
 from hff_modules.tables import markdown
 
 MEANS = ("train_seconds", "step_seconds", "peak_memory_mb", "trainable_parameters")
-OF_ONE = ("test", "history", "lm", "start_from", "language", "reach", "layer_weights")
+OF_ONE = ("test", "history", "lm", "start_from", "language", "reach", "layer_weights", "chosen")
 
 
 def together(runs: Sequence[dict[str, Any]], languages: Sequence[str]) -> list[dict[str, Any]]:
@@ -55,9 +55,10 @@ def together(runs: Sequence[dict[str, Any]], languages: Sequence[str]) -> list[d
         scores = {one["language"]: one["test"][one["language"]] for one in group}
         names = set.intersection(*(set(of_one) for of_one in scores.values()))
         mean = {n: statistics.mean(of_one[n] for of_one in scores.values()) for n in names}
-        test = {"mean": {name: mean[name] for name in ("cer", "wer")}}
-        if "cer_lm" in mean:
-            test["mean with LM"] = {name: mean[f"{name}_lm"] for name in ("cer", "wer")}
+        test = {"mean": {"cer": mean["cer"]}}  # WER counts sentences in scripts without spaces
+        for name, key in (("mean, beam", "cer_beam"), ("mean, beam with LM", "cer_lm")):
+            if key in mean:
+                test[name] = {"cer": mean[key]}
         test |= {name: {"cer": scores[name]["cer"]} for name in languages}
         entry |= {key: statistics.mean(one[key] for one in group) for key in MEANS}
         entry["trainable_parameters"] = round(entry["trainable_parameters"])

@@ -13,7 +13,7 @@ from speechbrain.utils.distributed import run_on_main
 
 from hff_modules.brains import train_ctc
 from hff_modules.cli import run
-from hff_modules.config import METHODS, given, load_config, switched_on
+from hff_modules.config import METHODS, given, load_config, switched_on, without_wait
 from hff_modules.data.writing import clean_text_file
 
 BASE = Path(__file__).parent / "hparams" / "commonvoice.yaml"
@@ -25,16 +25,18 @@ def main(argv: list[str]) -> dict:
     argv = switched_on(argv, "few_shot")
     if given(argv, "source_languages"):
         argv = [*argv, "--start_from", str(train_sources(argv, main))]
-    if given(argv, "start_from") and given(argv, "frozen_epochs") is None:
-        argv = [*argv, "--frozen_epochs", "0"]  # this head knows the adapted encoder
+    argv = without_wait(argv)
     languages = given(argv, "language")
     if isinstance(languages, list) and given(argv, "dataset") is None:
         argv = [*argv, "--dataset", f"commonvoice-{'-'.join(map(str, languages))}"]
     hparams, run_opts = load_config(argv, [BASE, FEW_SHOT] if given(argv, "few_shot") else BASE)
     output_folder = Path(hparams["output_folder"])
     sb.create_experiment_directory(output_folder)
-    keys = "data_folder language max_minutes max_dev_minutes max_missing keep_harakat"
-    options = {key: hparams[key] for key in keys.split()}
+    keys = (
+        "data_folder language max_minutes max_dev_minutes max_missing keep_harakat "
+        "drop_shared_texts"
+    ).split()
+    options = {key: hparams[key] for key in keys}
     options["save_folder"] = output_folder / "manifests"
     manifests = run_on_main(prepare_commonvoice, kwargs=options)
     train = [parts["train"] for parts in manifests.values()]

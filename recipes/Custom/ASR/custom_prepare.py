@@ -35,6 +35,7 @@ def prepare_custom(
     language: str = "",
     max_bad_share: float = 0.05,
     keep_harakat: bool = False,
+    drop_shared_texts: bool = False,
 ) -> tuple[dict[str, Path], Path]:
     """Check the rows, report on them, and write a manifest for each part.
 
@@ -48,6 +49,8 @@ def prepare_custom(
     max_bad_share : float
         Share of the rows that may be unusable; they are named in a warning, more is an error.
     keep_harakat : bool
+    drop_shared_texts : bool
+        Leave texts that dev or test has, too, out of train. They are counted in any case.
 
     Returns
     -------
@@ -71,6 +74,7 @@ def prepare_custom(
         {part: {r["ID"]: r["text"] for r in rows} for part, rows in parts.items() if rows},
         language,
         keep_harakat,
+        drop_shared_texts,
     )
     manifests, report = {}, [f"{csv}: {len(rows)} usable rows, parts {how}"]
     for part, cleaned in texts.items():

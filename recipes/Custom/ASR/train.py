@@ -12,7 +12,7 @@ from speechbrain.utils.distributed import run_on_main
 
 from hff_modules.brains import train_ctc
 from hff_modules.cli import run
-from hff_modules.config import METHODS, given, load_config, switched_on
+from hff_modules.config import METHODS, given, load_config, switched_on, without_wait
 from hff_modules.data.writing import clean_text_file
 
 BASE = Path(__file__).parent / "hparams" / "custom.yaml"
@@ -21,11 +21,12 @@ FEW_SHOT = METHODS / "base" / "few_shot.yaml"
 
 def main(argv: list[str]) -> dict | None:
     """Run one job; gives what ``results.json`` holds, None where only the data is checked."""
-    argv = switched_on(argv, "check_only", "few_shot")
+    argv = without_wait(switched_on(argv, "check_only", "few_shot"))
     hparams, run_opts = load_config(argv, [BASE, FEW_SHOT] if given(argv, "few_shot") else BASE)
     output_folder = Path(hparams["output_folder"])
     sb.create_experiment_directory(output_folder)
-    options = {key: hparams[key] for key in ("csv", "language", "max_bad_share", "keep_harakat")}
+    keys = "csv language max_bad_share keep_harakat drop_shared_texts"
+    options = {key: hparams[key] for key in keys.split()}
     options["save_folder"] = output_folder / "manifests"
     manifests, data_root = run_on_main(prepare_custom, kwargs=options)
     if hparams["check_only"]:
