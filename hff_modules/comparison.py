@@ -175,9 +175,14 @@ def reached_by_all(runs: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def seconds_to(run: Mapping[str, Any], score: str, value: float) -> float | None:
-    """Seconds of training after which a run's score on dev was as good; None if it never was."""
+    """Seconds of training after which a run's score on dev was as good; None if it never was.
+
+    Epochs in which the head waited on the plain encoder do not count: that is not the method yet.
+    """
     sign = -1 if tables.is_better_when_larger(score) else 1
     for past in run.get("history", []):
+        if past["epoch"] <= run.get("frozen_epochs", 0):
+            continue
         if sign * past[score] <= sign * value + 1e-9:
             return past["train_seconds"]
     return None

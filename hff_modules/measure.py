@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hff_modules.files import write_atomically
-from hff_modules.tables import SCORES, score_title
+from hff_modules.tables import SCORES, score_title, unit
 
 
 def count_parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -177,7 +177,9 @@ def table(results: Mapping[str, Any]) -> str:
     rows.append(("peak memory", f"{results['peak_memory_mb']:.0f} MB"))
     for name, scores in results["test"].items():
         numbers = ", ".join(
-            f"{score_title(key)} {value:.2f} %" for key, value in scores.items() if key in SCORES
+            f"{score_title(key)} {value:.{2 if unit(key) else 4}f}{unit(key)}"
+            for key, value in scores.items()
+            if key in SCORES
         )
         rows.append((f"test {name}", numbers))
     width = max(len(name) for name, _ in rows)

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from hff_modules.files import write_atomically
 
-SCORES = (  # in percent
+SCORES = (
     *("cer", "wer", "cer_beam", "wer_beam", "cer_lm", "wer_lm"),
-    *("eer", "eer_s_norm", "accuracy", "unweighted_accuracy"),
+    *("eer", "eer_s_norm", "min_dcf", "min_dcf_s_norm", "accuracy", "unweighted_accuracy"),
 )
+NO_PERCENT = ("min_dcf", "min_dcf_s_norm")  # all others are
 LARGER_IS_BETTER = ("accuracy", "unweighted_accuracy")
 
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -103,7 +104,25 @@ def score_title(score: str) -> str:
     ('CER LM', 'unweighted accuracy')
     """
     short = ("cer", "wer", "eer", "lm")
-    return " ".join(word.upper() if word in short else word for word in score.split("_"))
+    words = score.replace("min_dcf", "minDCF").split("_")
+    return " ".join(word.upper() if word in short else word for word in words)
+
+
+def score_text(score: str, value: float, spread: float | None = None) -> str:
+    """A score as it stands in a table, without its unit.
+
+    Example
+    -------
+    >>> score_text("cer", 12.34), score_text("min_dcf", 0.5678, 0.01)
+    ('12.3', '0.568 ± 0.010')
+    """
+    digits = 3 if score in NO_PERCENT else 1
+    return f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+
+
+def unit(score: str) -> str:
+    """`` %`` behind a score that is in percent."""
+    return "" if score in NO_PERCENT else " %"
 
 
 def is_better_when_larger(name: str) -> bool:
@@ -126,11 +145,12 @@ def _summary(group: Sequence[dict], names: Sequence[str]) -> dict:
     row["failed"] = [f"{_which(run)}: {run['failed']}" for run in group if "failed" in run]
     if not done:
         return row
+    of_first = [run for run in done if run.get("fold") == 1]
+    row["first"] = _score_of(of_first, names[0]) if names else None
     for name in names:
-        dataset, _, score = name.rpartition(" ")
-        values = [r["test"][dataset][score] for r in done if score in r["test"].get(dataset, {})]
-        if values:
-            row["scores"][name] = mean_and_spread(values)
+        score = _score_of(done, name)
+        if score is not None:
+            row["scores"][name] = score
     if "score" in first:
         row["dev"] = mean_and_spread([run["dev"][first["score"]] for run in done])
     for key in ("encoder", "layers", "horizon", "trainable_encoder_parameters", "chosen"):
@@ -147,6 +167,12 @@ def _summary(group: Sequence[dict], names: Sequence[str]) -> dict:
         times = [run["reach"]["seconds"] for run in done]
         row["reach_seconds"] = None if None in times else statistics.mean(times)
     return row
+
+
+def _score_of(runs: Sequence[dict], name: str) -> tuple[float, float | None] | None:
+    dataset, _, score = name.rpartition(" ")
+    values = [r["test"][dataset][score] for r in runs if score in r["test"].get(dataset, {})]
+    return mean_and_spread(values) if values else None
 
 
 def _which(run: dict) -> str:
@@ -173,14 +199,17 @@ def cells(runs: Sequence[dict]) -> list[list[str]]:
     if any("chosen" in run for run in known):
         columns.append(("chosen on dev", lambda row: row["chosen"] or "–"))
     if known and "score" in known[0]:
-        head = f"dev {score_title(known[0]['score'])} %"
-        columns.append((head, lambda row: _rounded(row["dev"])))
+        chosen_by = known[0]["score"]
+        head = f"dev {score_title(chosen_by)}{unit(chosen_by)}"
+        columns.append((head, lambda row: _rounded(chosen_by, row["dev"])))
     for name in names:
         dataset, _, score = name.rpartition(" ")
-        head = f"{dataset} {score_title(score)} %"
-        columns.append((head, lambda row, name=name: _rounded(row["scores"].get(name))))
+        head = f"{dataset} {score_title(score)}{unit(score)}"
+        columns.append((head, lambda row, name=name, s=score: _rounded(s, row["scores"].get(name))))
     if any("fold" in run for run in known):
         columns.append(("folds", lambda row: ", ".join(map(str, row["folds"]))))
+    if len({tuple(row["folds"]) for row in rows if row["seeds"]}) > 1:
+        columns.append(("that of fold 1", lambda row: _rounded(names[0].split()[-1], row["first"])))
     columns += [
         ("seeds", lambda row: ", ".join(map(str, row["seeds"]))),
         ("training s", lambda row: f"{row['train_seconds']:.0f}"),
@@ -246,11 +275,8 @@ def _layers(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))
 
 
-def _rounded(score: tuple[float, float | None] | None) -> str:
-    if score is None:
-        return "–"
-    mean, spread = score
-    return f"{mean:.1f}" if spread is None else f"{mean:.1f} ± {spread:.1f}"
+def _rounded(score: str, found: tuple[float, float | None] | None) -> str:
+    return "–" if found is None else score_text(score, *found)
 
 
 def _or_dash(value: float | None, form: str, factor: float = 1) -> str:

@@ -142,6 +142,12 @@ def test_time_to_a_score_is_that_of_the_first_epoch_on_dev_that_reached_it(recip
     assert len(calls(recipe)) == 1
 
 
+def test_epochs_with_the_head_alone_are_not_the_method_and_reach_nothing():
+    history = [{"epoch": n, "cer": 50 - n, "train_seconds": 10.0 * n} for n in (1, 2, 3)]
+    assert comparison.seconds_to({"history": history}, "cer", 49) == 10
+    assert comparison.seconds_to({"history": history, "frozen_epochs": 2}, "cer", 49) == 30
+
+
 def test_by_default_the_score_to_reach_is_one_that_all_rows_reached():
     runs = [{"score": "cer", "dev": {"cer": value}} for value in (30.0, 50.0)]
     assert comparison.reached_by_all(runs) == 50.0

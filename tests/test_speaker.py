@@ -104,6 +104,10 @@ def test_trials_are_scored_by_cosine_and_the_nearer_pair_is_taken_for_one_speake
         assert float(line[3]) == pytest.approx(float(cosine), abs=1e-5)
     wrong = [Trial(not same, a, b) for same, a, b in pairs]
     assert Told(embeddings, wrong, tmp_path).scores(sb.Stage.VALID)["eer"] == 100.0
+    # Misses cost 0.01 of their share; 1 is what refusing everybody costs.
+    half = [Trial(True, "a0", "a1"), Trial(True, "a0", "b0"), Trial(False, "b0", "b1")]
+    costs = Told(embeddings, half, tmp_path).scores(sb.Stage.VALID)
+    assert costs["min_dcf"] == pytest.approx(0.5 * 0.01 / 0.01)
 
 
 def test_stored_states_train_like_waveforms_and_a_run_is_tested_again(job, tmp_path):

@@ -73,5 +73,10 @@ def test_folds_of_one_seed_make_one_row_that_names_them():
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
     row = dict(zip(lines[0], lines[-1], strict=True))
     assert len(lines) == 3 and row["folds"] == "1, 2" and row["seeds"] == "1"
+    assert "that of fold 1" not in row
     assert row["test accuracy %"] == "70.0 ± 14.1"
     assert row["test unweighted accuracy %"] == "60.0 ± 14.1"
+    other = {**fold(1, 75.0), "label": "of the first fold only"}
+    lines = markdown([fold(2, 60.0), fold(1, 80.0), other]).splitlines()
+    assert " that of fold 1 |" in lines[0]
+    assert "| 1, 2 | 80.0 |" in lines[3] and "| 1 | 75.0 |" in lines[2]

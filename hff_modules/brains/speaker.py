@@ -34,6 +34,7 @@ from hff_modules.probes import LabelTask
 logger = get_logger(__name__)
 
 LOSSES = ("aam", "softmax")
+P_TARGET = 0.01  # share of trials of the same speaker that minDCF reckons with
 
 
 class SpeakerBrain(SSLBrain):
@@ -99,7 +100,7 @@ class SpeakerBrain(SSLBrain):
         return torch.stack([torch.stack(found).mean(0) for _, found in sorted(of_speaker.items())])
 
     def scores(self, stage) -> dict[str, float]:
-        """EER in percent and minDCF; on test also after s-norm, and the scores of all trials."""
+        """EER in percent and minDCF, normalised; on test also after s-norm, and all trials."""
         testing = stage == sb.Stage.TEST
         name = self.test_set if testing else "dev"
         trials = self.trials[name]
@@ -118,7 +119,8 @@ class SpeakerBrain(SSLBrain):
         scores = {}
         for suffix, values in columns.items():
             scores[f"eer{suffix}"] = 100 * EER(values[same], values[~same])[0]
-            scores[f"min_dcf{suffix}"] = minDCF(values[same], values[~same])[0]
+            cost = minDCF(values[same], values[~same], p_target=P_TARGET)[0]
+            scores[f"min_dcf{suffix}"] = cost / P_TARGET  # 1: refusing everybody costs as much
         if testing and if_main_process():
             table = zip(trials, *(values.tolist() for values in columns.values()), strict=True)
             lines = [
@@ -251,14 +253,18 @@ def train_speaker(
     keep(hparams)
     encoder = modules["encoder"]
     vary_speed(train_set, hparams)
-    cache = brain.head_first.filled_cache(hparams, [train_set, *evaluated.values()])
-    add_label_items(train_set, {"spk_id": speakers}, encoder.minimum_samples, cache)
-    for dataset in evaluated.values():
-        add_signal(dataset, encoder.minimum_samples, cache)
+    as_they_are = [*evaluated.values()]
     if hparams["cohort_speakers"] > 1:
         chosen = choose_cohort(of_train, hparams["cohort_speakers"], hparams["cohort_utterances"])
-        cohort = FilteredSortedDynamicItemDataset(train_set, chosen)
-        brain.cohort_loader, brain.cohort_speakers = evaluation_loader(cohort, hparams), of_train
+        once_more = read_speech(train, data_root, columns)  # these keep their speed
+        as_they_are.append(FilteredSortedDynamicItemDataset(once_more, chosen))
+    cache = brain.head_first.filled_cache(hparams, [train_set, *as_they_are])
+    add_label_items(train_set, {"spk_id": speakers}, encoder.minimum_samples, cache)
+    for dataset in as_they_are:
+        add_signal(dataset, encoder.minimum_samples, cache)
+    if hparams["cohort_speakers"] > 1:
+        brain.cohort_loader = evaluation_loader(as_they_are[-1], hparams)
+        brain.cohort_speakers = of_train
     dev_set = evaluated.pop("dev")
     return train_and_test(brain, hparams, train_set, dev_set, evaluated)
 
