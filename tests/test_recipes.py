@@ -119,6 +119,14 @@ def test_no_speaker_and_no_recording_of_a_test_part_is_in_its_training_part(reci
             assert not values["dev"] & (values["train"] | values["test"])
 
 
+@pytest.mark.parametrize("fold", [0, 6, "all"])
+@pytest.mark.parametrize("name", [name for name, it in ALL.items() if "fold" in it.options])
+def test_a_fold_that_is_none_is_refused_with_those_that_are(name, fold, tmp_path, save):
+    data = ALL[name].make(tmp_path / "data")
+    with pytest.raises(ValueError, match=f"fold: expected one of 1, 2, 3, 4, 5, got {fold!r}"):
+        ALL[name].rows(data, save, fold=fold)
+
+
 @EVERY
 def test_another_layout_is_refused_in_one_line_with_what_was_expected_and_found(
     recipe, tmp_path, save

@@ -50,8 +50,13 @@ def prepare_emodb(
     Raises
     ------
     FileNotFoundError, ValueError
-        Another layout; says what was expected and what was found.
+        Another layout, or no such fold; says what was expected and what was found.
     """
+    if fold not in FOLDS:
+        raise ValueError(
+            f"fold: expected one of {', '.join(map(str, FOLDS))}, got {fold!r}; "
+            "for all of them say --fold all"
+        )
     folder = expect(data_folder, ["wav"], LAYOUT)
     test = speakers_of_fold(fold)
     dev = speakers_of_fold(fold % len(FOLDS) + 1)

@@ -44,8 +44,13 @@ def prepare_iemocap(
     Raises
     ------
     FileNotFoundError, ValueError
-        Another layout; says what was expected and what was found.
+        Another layout, or no such fold; says what was expected and what was found.
     """
+    if fold not in SESSIONS:
+        raise ValueError(
+            f"fold: expected one of {', '.join(map(str, SESSIONS))}, got {fold!r}; "
+            "for all of them say --fold all"
+        )
     needed = [
         f"Session{s}/{p}" for s in SESSIONS for p in ("dialog/EmoEvaluation", "sentences/wav")
     ]
