@@ -76,8 +76,9 @@ def summaries(runs: Sequence[dict]) -> list[dict]:
     def order(row: dict) -> tuple:
         values = [row["scores"][name][0] for name in names[:1] if name in row["scores"]]
         if not values:
-            return (math.inf, row["method"])
-        return (-values[0] if is_better_when_larger(names[0]) else values[0], row["method"])
+            return (0, math.inf, row["method"])
+        value = -values[0] if is_better_when_larger(names[0]) else values[0]
+        return (-len(row["folds"]), value, row["method"])  # means of other folds are none of these
 
     return sorted(rows, key=order)
 

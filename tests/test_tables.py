@@ -79,4 +79,4 @@ def test_folds_of_one_seed_make_one_row_that_names_them():
     other = {**fold(1, 75.0), "label": "of the first fold only"}
     lines = markdown([fold(2, 60.0), fold(1, 80.0), other]).splitlines()
     assert " that of fold 1 |" in lines[0]
-    assert "| 1, 2 | 80.0 |" in lines[3] and "| 1 | 75.0 |" in lines[2]
+    assert "| 1, 2 | 80.0 |" in lines[2] and "| 1 | 75.0 |" in lines[3], "all folds first"
