@@ -38,9 +38,7 @@ def with_folds(job: Job, folds: Sequence[int]) -> Callable[[list[str]], dict[str
         if fold is None:
             return job(argv)[1]
         if fold != "all":
-            if fold not in map(str, folds):
-                known = ", ".join(map(str, folds))
-                raise ValueError(f"--fold {fold}: expected one of {known}, or all")
+            check_fold(int(fold) if fold.isdigit() else fold, folds)
             return job(argv)[1]
         outcomes = [job(_of_fold(argv, number)) for number in folds]
         together = gather(folds, [results for _, results in outcomes])
@@ -53,6 +51,15 @@ def with_folds(job: Job, folds: Sequence[int]) -> Callable[[list[str]], dict[str
         return together
 
     return main
+
+
+def check_fold(fold: Any, folds: Sequence[int]) -> None:
+    """Refuse a fold that is none; "all" is one on the command line only."""
+    if fold not in folds:
+        known = ", ".join(map(str, folds))
+        raise ValueError(
+            f"fold: expected one of {known}, got {fold!r}; for all of them say --fold all"
+        )
 
 
 def gather(folds: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[str, Any]:

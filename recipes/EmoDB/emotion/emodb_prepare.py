@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from hff_modules.data.prepare import expect, find_audio, write_parts
+from hff_modules.folds import check_fold
 
 LAYOUT = "EmoDB: wav/03a01Fa.wav and the like"
 NAME = re.compile(r"(?P<speaker>\d\d)[ab]\d\d(?P<emotion>[A-Z])[a-z]?")
@@ -52,11 +53,7 @@ def prepare_emodb(
     FileNotFoundError, ValueError
         Another layout, or no such fold; says what was expected and what was found.
     """
-    if fold not in FOLDS:
-        raise ValueError(
-            f"fold: expected one of {', '.join(map(str, FOLDS))}, got {fold!r}; "
-            "for all of them say --fold all"
-        )
+    check_fold(fold, FOLDS)
     folder = expect(data_folder, ["wav"], LAYOUT)
     test = speakers_of_fold(fold)
     dev = speakers_of_fold(fold % len(FOLDS) + 1)

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from hff_modules.data.prepare import expect, write_parts
+from hff_modules.folds import check_fold
 
 SESSIONS = (1, 2, 3, 4, 5)
 LAYOUT = (
@@ -46,11 +47,7 @@ def prepare_iemocap(
     FileNotFoundError, ValueError
         Another layout, or no such fold; says what was expected and what was found.
     """
-    if fold not in SESSIONS:
-        raise ValueError(
-            f"fold: expected one of {', '.join(map(str, SESSIONS))}, got {fold!r}; "
-            "for all of them say --fold all"
-        )
+    check_fold(fold, SESSIONS)
     needed = [
         f"Session{s}/{p}" for s in SESSIONS for p in ("dialog/EmoEvaluation", "sentences/wav")
     ]
