@@ -85,6 +85,24 @@ def test_scripts_without_spaces_lose_them_and_wide_letters_become_plain():
     assert writing_of(["안녕 하세요"]).clean("안녕  하세요.") == "안녕 하세요"
 
 
+def test_letters_typed_by_their_looks_are_the_letters_that_are_read():
+    thai, lao = Writing(("THAI",)), Writing(("LAO",))
+    assert thai.clean("น\u0e49\u0e4dา ท\u0e4dา") == thai.clean("น้ำทำ") == "น\u0e49\u0e33ท\u0e33"
+    assert thai.clean("ท\u0e4d\u0e48า") == "ท\u0e48\u0e33"
+    assert lao.clean("ນ\u0ec9\u0ecdາ") == "ນ\u0ec9\u0eb3"
+    assert ARABIC.clean("\ufefb \ufeb3\ufefc\ufee1") == "لا سلام"
+    assert ARABIC.clean("محمد ﷺ") == "محمد صلى الله عليه وسلم"
+    assert LATIN.clean("ﬁn") == "fin"
+
+
+def test_an_apostrophe_ends_words_where_it_is_spelled():
+    sentences = ["Jista' jkun ta', jew ma' l-oħrajn, 'l hawn?"]
+    assert (
+        writing_of(sentences, "mt").clean(sentences[0]) == "jista' jkun ta' jew ma' l oħrajn l hawn"
+    )
+    assert writing_of(sentences, "it").clean("'Un po'' di") == "un po di"
+
+
 def test_what_is_left_out_is_counted():
     dropped = Counter()
     LATIN.clean("«Oui», dit-il…", dropped)

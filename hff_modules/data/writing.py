@@ -21,6 +21,7 @@ logger = get_logger(__name__)
 WITHOUT_SPACES = ("HAN AND KANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 MAIN_SHARE = 0.05  # of a language's letters: a script with fewer is no script of the language
 DOTLESS = ("tr", "az", "crh", "gag")  # languages whose lower case of I is a letter of its own
+FINAL_APOSTROPHE = ("mt",)  # languages in which it ends words, as a letter does: ta', jista'
 
 APOSTROPHES = "'\u2019\u2018\u201b\u02bc\u00b4`\u2032\u05f3"
 ZWNJ, ZWJ = "\u200c", "\u200d"
@@ -30,6 +31,8 @@ HARAKAT = re.compile("[\u064b-\u0652\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06e
 # A consonant, a virama and a joiner are the old way to write a chillu; NFC leaves them apart.
 CHILLUS = {"ണ": "ൺ", "ന": "ൻ", "ര": "ർ", "ല": "ൽ", "ള": "ൾ", "ക": "ൿ"}
 OLD_CHILLU = re.compile(f"([{''.join(CHILLUS)}])\u0d4d{ZWJ}")
+# Thai and Lao am, typed as the two signs that it looks like, with or without a tone mark between
+PARTED_AM = re.compile("\u0e4d([\u0e48-\u0e4b]?)\u0e32|\u0ecd([\u0ec8-\u0ecb]?)\u0eb2")
 READ_OUT = frozenset("%&@#+=§°‰№")  # and numbers, and signs of money
 
 _SCRIPTS = {
@@ -72,6 +75,8 @@ class Writing:
         Its scripts, the one of most letters first.
     dotless : bool
         I and ı are one letter, İ and i another.
+    final_apostrophe : bool
+        Keep an apostrophe at the end of a word.
     keep_harakat : bool
         Keep the vowel marks of Arabic script.
 
@@ -85,6 +90,7 @@ class Writing:
 
     scripts: tuple[str, ...]
     dotless: bool = False
+    final_apostrophe: bool = False
     keep_harakat: bool = False
 
     @property
@@ -96,7 +102,7 @@ class Writing:
         """Text of a sentence: composed, lower case, no punctuation.
 
         An apostrophe (in one form) or a middle dot stays between two letters of a script with
-        spaces; hyphens, dashes and everything else that is no letter, mark or number become spaces.
+        spaces, an apostrophe in some languages at the end of a word, too; hyphens, dashes and everything else that is no letter, mark or number become spaces.
         Numbers and signs that are read out stay, see :meth:`problem`.
 
         Arguments
@@ -110,9 +116,10 @@ class Writing:
         str
         """
         dropped = Counter() if dropped is None else dropped
-        text = unicodedata.normalize("NFC", "".join(map(_plain_width, sentence)))
+        text = unicodedata.normalize("NFC", "".join(map(_plain_form, sentence)))
         text = text.translate({ord("I"): "ı", ord("İ"): "i"} if self.dotless else {}).lower()
         text = OLD_CHILLU.sub(lambda found: CHILLUS[found[1]], unicodedata.normalize("NFC", text))
+        text = PARTED_AM.sub(_joined_am, text)
         if not self.keep_harakat:
             dropped.update(HARAKAT.findall(text))
             text = HARAKAT.sub("", text)
@@ -130,8 +137,10 @@ class Writing:
         """What stands for a character between its neighbours: itself, a space or nothing."""
         kind = unicodedata.category(character)
         if character in APOSTROPHES or character == "·":
-            inside = self.has_spaces and _is_word(before) and _is_word(after)
-            return " " if not inside else "·" if character == "·" else "'"
+            sign = "·" if character == "·" else "'"
+            may_end = self.final_apostrophe and sign == "'"
+            inside = _is_word(before) and (_is_word(after) or may_end)
+            return sign if inside and self.has_spaces else " "
         stray = kind[0] == "M" and not _is_word(before) and before not in (ZWNJ, ZWJ)
         if character == TATWEEL or character in INSIDE or stray:
             return ""
@@ -167,9 +176,15 @@ def _is_word(characters: str) -> bool:
     return bool(characters) and unicodedata.category(characters[0])[0] in "LM"
 
 
-def _plain_width(character: str) -> str:
-    wide = "\uff01" <= character <= "\uffdc"  # full-width Latin, half-width kana
-    return unicodedata.normalize("NFKC", character) if wide else character
+def _joined_am(found: re.Match) -> str:
+    am = "\u0e33" if found[0][0] == "\u0e4d" else "\u0eb3"
+    return (found[1] or found[2] or "") + am
+
+
+def _plain_form(character: str) -> str:
+    # Forms of how letters are shown: ligatures, Arabic by its place in the word, full and half width
+    shown = "\ufb00" <= character <= "\uffdc"
+    return unicodedata.normalize("NFKC", character) if shown else character
 
 
 def writing_of(sentences: Iterable[str], language: str = "", keep_harakat: bool = False) -> Writing:
@@ -179,7 +194,7 @@ def writing_of(sentences: Iterable[str], language: str = "", keep_harakat: bool 
     ---------
     sentences : iterable of str
     language : str
-        Its code; only for those that Unicode's rules of case do not fit.
+        Its code; only for those that Unicode's rules of case, or apostrophes, do not fit.
     keep_harakat : bool
         See :class:`Writing`.
 
@@ -198,8 +213,8 @@ def writing_of(sentences: Iterable[str], language: str = "", keep_harakat: bool 
         raise ValueError("no letters in the training sentences")
     most = sum(counts.values())
     scripts = tuple(name for name, count in counts.most_common() if count >= MAIN_SHARE * most)
-    dotless = language.replace("_", "-").split("-")[0].lower() in DOTLESS
-    return Writing((*scripts, "MODIFIER"), dotless, keep_harakat)
+    code = language.replace("_", "-").split("-")[0].lower()
+    return Writing((*scripts, "MODIFIER"), code in DOTLESS, code in FINAL_APOSTROPHE, keep_harakat)
 
 
 def clean_parts(
