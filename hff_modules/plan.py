@@ -23,7 +23,8 @@
 ``seeds``, ``folds`` (of a recipe with ``--fold``; each is run with every seed), ``options`` and
 ``grid`` may stand at the top, for all rows, and in a row: options are added up, of the others the
 row's own count. With ``extends: another_plan.yaml`` a plan says only what differs from that one:
-options are added up, other keys replaced.
+options are added up, other keys replaced. ``rows: {elp: {seeds: [1], options: {lr_fusion: 0.0001}}}``
+does the same within rows of that one, by their labels.
 """
 
 import itertools
@@ -139,8 +140,29 @@ def read_plan(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in above:
         raise PlanError(f"plan {path}: extends itself")
     base = read_plan(path.parent / str(plan.pop("extends")), (*above, path.resolve()))
-    options = [_mapping(keys, "options", f"plan {path}") for keys in (base, plan)]
-    return {**base, **plan, "options": {**options[0], **options[1]}}
+    rows = _mapping(plan, "rows", f"plan {path}")
+    plan = {key: value for key, value in plan.items() if key != "rows"}
+    merged = _with(base, plan, f"plan {path}")
+    if rows:
+        merged["methods"] = _changed(merged.get("methods"), rows, f"plan {path}, rows")
+    return merged
+
+
+def _with(keys: Mapping[str, Any], more: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Keys of a plan or a row, replaced by those of another one; options are added up."""
+    options = {**_mapping(keys, "options", where), **_mapping(more, "options", where)}
+    return {**keys, **more, "options": options}
+
+
+def _changed(methods: Any, changes: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """The rows of a plan, some of them changed."""
+    entries = [_as_entry(entry, where) for entry in methods or []]
+    changed = {_label(entry): entry for entry in entries}
+    for label in changes:
+        if label not in changed:
+            raise PlanError(f"{where}: there is no row {label!r}, but {', '.join(changed)}")
+        changed[label] = _with(changed[label], _mapping(changes, label, where), where)
+    return [changed[_label(entry)] for entry in entries]
 
 
 def make_plan(
@@ -266,9 +288,7 @@ def as_argument(value: Any) -> str:
 
 
 def _rows(entry: Any, shared: Mapping[str, Any], source: Path, recipe: Path) -> list[Row]:
-    entry = {"method": entry} if isinstance(entry, str) else entry
-    if not isinstance(entry, dict) or not isinstance(entry.get("method"), str):
-        raise PlanError(f"plan {source}: methods: expected a method file, got {entry!r}")
+    entry = _as_entry(entry, f"plan {source}")
     where = f"plan {source}, {entry['method']}"
     _check_keys(entry, ROW_KEYS, where)
     method = entry["method"]
@@ -288,7 +308,7 @@ def _rows(entry: Any, shared: Mapping[str, Any], source: Path, recipe: Path) -> 
             raise PlanError(f"{where}: {key}: one is there twice in {numbers}")
     settings = _settings(entry.get("grid", shared["grid"]), f"{where}: grid")
     options = {**shared["options"], **_mapping(entry, "options", where)}
-    label = str(entry.get("label") or Path(method).stem)
+    label = _label(entry)
     rows = []
     for varied in combinations(_mapping(entry, "vary", where), f"{where}: vary"):
         rows.append(
@@ -302,6 +322,17 @@ def _rows(entry: Any, shared: Mapping[str, Any], source: Path, recipe: Path) -> 
             )
         )
     return rows
+
+
+def _as_entry(entry: Any, where: str) -> dict[str, Any]:
+    entry = {"method": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict) or not isinstance(entry.get("method"), str):
+        raise PlanError(f"{where}: methods: expected a method file, got {entry!r}")
+    return entry
+
+
+def _label(entry: Mapping[str, Any]) -> str:
+    return str(entry.get("label") or Path(entry["method"]).stem)
 
 
 def _output(keys: Mapping[str, Any], source: Path, recipe: Path) -> Path:

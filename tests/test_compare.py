@@ -209,6 +209,17 @@ def test_a_plan_says_only_what_differs_from_the_one_that_it_extends(recipe):
     runs = carry_out(recipe, **keys)
     assert [(run["label"], run["seed"]) for run in runs] == [("a", 7), ("b", 7)]
     assert {(o["lr"], o["width"]) for _, _, o in calls(recipe)} == {("0.01", "5")}
+    rows = {"b": {"seeds": [8], "options": {"lr": 0.03}}}
+    runs = carry_out(recipe, **keys, rows=rows, output="changed")
+    assert [(run["label"], run["seed"]) for run in runs] == [("a", 7), ("b", 8)]
+    assert [(o["lr"], o["width"]) for _, _, o in calls(recipe)[2:]] == [
+        ("0.01", "5"),
+        ("0.03", "5"),
+    ]
+    with pytest.raises(PlanError, match=r"plan\.yaml, rows: there is no row 'c', but a, b"):
+        carry_out(recipe, **keys, rows={"c": {}})
+    with pytest.raises(PlanError, match=r"rows: a: expected {key: value}, got 3"):
+        carry_out(recipe, **keys, rows={"a": 3})
     (recipe / "base.yaml").write_text(json.dumps({"extends": "plan.yaml"}))
     with pytest.raises(PlanError, match=r"plan\.yaml: extends itself"):
         carry_out(recipe, **keys)
