@@ -102,7 +102,8 @@ class Writing:
         """Text of a sentence: composed, lower case, no punctuation.
 
         An apostrophe (in one form) or a middle dot stays between two letters of a script with
-        spaces, an apostrophe in some languages at the end of a word, too; hyphens, dashes and everything else that is no letter, mark or number become spaces.
+        spaces, an apostrophe in some languages at the end of a word, too; hyphens, dashes and
+        everything else that is no letter, mark or number become spaces.
         Numbers and signs that are read out stay, see :meth:`problem`.
 
         Arguments
@@ -182,7 +183,7 @@ def _joined_am(found: re.Match) -> str:
 
 
 def _plain_form(character: str) -> str:
-    # Forms of how letters are shown: ligatures, Arabic by its place in the word, full and half width
+    # How a letter is shown: ligatures, Arabic by its place in the word, full and half width
     shown = "\ufb00" <= character <= "\uffdc"
     return unicodedata.normalize("NFKC", character) if shown else character
 
