@@ -23,7 +23,7 @@
 ``seeds``, ``folds`` (of a recipe with ``--fold``; each is run with every seed), ``options`` and
 ``grid`` may stand at the top, for all rows, and in a row: options are added up, of the others the
 row's own count. With ``extends: another_plan.yaml`` a plan says only what differs from that one:
-options are added up, other keys replaced. ``rows: {elp: {seeds: [1], options: {lr_fusion: 0.001}}}``
+options are added up, other keys replaced. ``rows: {elp: {seeds: [1], options: {lr_norms: 0.1}}}``
 does the same within rows of that one, by their labels.
 """
 
