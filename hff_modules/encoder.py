@@ -167,10 +167,12 @@ class SSLEncoder(nn.Module):
         super().train(mode)
         self._states_below = _states_below(self._family)
         self._mode_horizon = self.horizon
-        if mode and self._mode_horizon >= 0:
-            self.model.eval()
-            for layer in self._family.layers[self._mode_horizon :]:
-                layer.train(any(p.requires_grad for p in layer.parameters()))
+        if mode:
+            outside = self.outside_parameters().values()
+            self.model.train(self._mode_horizon < 0 and any(p.requires_grad for p in outside))
+            for number, layer in enumerate(self._family.layers):
+                of_its_own = any(p.requires_grad for p in layer.parameters())
+                layer.train(number >= self._mode_horizon and of_its_own)
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 if not any(p.requires_grad for p in module.parameters()):
@@ -357,6 +359,8 @@ class SSLEncoder(nn.Module):
                 states[0] = hidden.float()
             for number in range(1, horizon + 1):
                 hidden, call = self._step(number, hidden, call, states, wanted)
+        if horizon >= 0 and self.precision != "fp32":
+            call = call.float()
         return states, hidden.float(), lengths, call
 
     def _restore(self, stored, lens):
@@ -405,7 +409,7 @@ class SSLEncoder(nn.Module):
         }
         return {
             "weights": {str(k): self.fingerprint_up_to(k) for k in self.stored_layers},
-            "precision": self.precision,
+            "precision": self.precision + " above the front end" * (self.precision != "fp32"),
             "adapters": frozen,
         }
 

@@ -230,8 +230,9 @@ def test_the_frozen_cnn_stays_out_of_the_graph_in_full_fine_tuning(make_encoder_
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_stays_below_the_horizon_and_close(precision, make_encoder_folder):
-    folder = make_encoder_folder("wav2vec2-base")
+@pytest.mark.parametrize("family", ["wav2vec2-base", "w2v-bert-2", "whisper"])
+def test_half_precision_stays_below_the_horizon_and_close(family, precision, make_encoder_folder):
+    folder = make_encoder_folder(family)
     wavs, wav_lens = speech(SAMPLES, 9_000)
     exact, _ = SSLEncoder(folder, layers=[2, 4])(wavs, wav_lens)
     encoder = SSLEncoder(folder, layers=[2, 4], precision=precision)
@@ -243,6 +244,49 @@ def test_half_precision_stays_below_the_horizon_and_close(precision, make_encode
     encoder._family.layers[3].register_forward_hook(lambda m, a, out: dtypes.append(a[0].dtype))
     encoder(wavs, wav_lens)
     assert dtypes == [torch.float32]
+
+
+def test_log_mels_are_no_matter_of_precision():
+    wavs, wav_lens = speech(SAMPLES, 9_000)
+    wavs = 5 * wavs  # loud enough for a power beyond what fp16 holds
+    exact, _ = SSLEncoder("builtin", layers=[0, 6])(wavs, wav_lens)
+    assert torch.equal(SSLEncoder("logmel", layers=0, precision="fp16")(wavs, wav_lens)[0],
+                       SSLEncoder("logmel", layers=0)(wavs, wav_lens)[0])  # fmt: skip
+    for precision, allowed in {"fp16": 0.005, "bf16": 0.03}.items():
+        states, _ = SSLEncoder("builtin", layers=[0, 6], precision=precision)(wavs, wav_lens)
+        assert (states - exact).norm() / exact.norm() < allowed
+    with torch.autocast("cpu", torch.bfloat16):  # as when all of it is trained
+        states, _ = fully_tuned("builtin", layers=[0, 2]).eval()(wavs, wav_lens)
+    assert (states[0] - exact[0]).norm() / exact[0].norm() < 0.03
+
+
+@every_family
+def test_layers_above_half_precision_run_in_single_precision(name, make_encoder_folder):
+    encoder = SSLEncoder(make_encoder_folder(name), layers=[2, 4], precision="bf16")
+    adapters.attach(encoder, "tpa", layers="last:2", bottleneck=4)
+    states, _ = encoder.train()(*speech(SAMPLES, 9_000))
+    states.sum().backward()
+    assert states.isfinite().all() and states.dtype == torch.float32
+
+
+def test_a_frozen_layer_has_no_dropout_though_the_front_is_trained(make_encoder_folder):
+    encoder = SSLEncoder(make_encoder_folder("wav2vec2-base"), layers=[2, 4])
+    adapters.attach(encoder, "cnn")
+    encoder.train()
+    assert encoder.horizon == -1 and not any(m.training for m in encoder.model.modules())
+    wavs, wav_lens = speech(SAMPLES)
+    assert torch.equal(encoder(wavs, wav_lens)[0], encoder(wavs, wav_lens)[0])
+
+
+def test_what_hugging_face_puts_behind_the_last_state_is_left_out(tmp_path):
+    prefix, settings = FAMILIES["w2v-bert-2"]
+    config = getattr(transformers, f"{prefix}Config")(**settings, add_adapter=True)
+    getattr(transformers, f"{prefix}Model")(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"num_mel_bins": 80, "stride": 2}')
+    encoder = fully_tuned(str(tmp_path), layers="all")
+    states, _ = encoder(*speech(SAMPLES))
+    states.sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)
 
 
 def test_random_weights_of_the_same_shape_are_seeded_and_called_untrained(encoder_folder):

@@ -10,7 +10,8 @@ every layer is called with.
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,20 @@ class LayerCall:
     longer: dict = field(
         default_factory=dict
     )  # calls with more frames in front, made from this one
+
+    def float(self) -> "LayerCall":
+        """The same in single precision, for layers above those that ran in half of it."""
+        args, kwargs = _in_float(self.args), _in_float(self.kwargs)
+        longer = {names: call.float() for names, call in self.longer.items()}
+        return replace(self, args=args, kwargs=kwargs, longer=longer)
+
+
+def _in_float(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _in_float(one) for key, one in value.items()}
+    return type(value)(map(_in_float, value)) if type(value) in (list, tuple) else value
 
 
 @dataclass
@@ -100,6 +115,9 @@ class Family:
             if name == "masked_spec_embed":  # unused from here on, and DDP would wait for it
                 delattr(model, name)
                 parameter.requires_grad_(False)
+        for name in ("adapter", "intermediate_ffn"):  # above the last state, where nothing is read
+            if isinstance(getattr(model, name, None), nn.Module):
+                setattr(model, name, None)
 
     @property
     def stack(self) -> nn.Module:
@@ -164,7 +182,8 @@ class Family:
             What enters layer 1 (batch, frames, width), valid frames (batch,), and what else each
             layer is called with.
         """
-        with torch.no_grad():
+        # Half precision holds no spectrum: its power overflows fp16, and bf16 is off by a fifth.
+        with torch.no_grad(), torch.autocast(wavs.device.type, enabled=False):
             inputs = self.inputs(wavs, num_samples)
         lengths = self.count_frames(num_samples)
         padded = len(lengths) > 1 and bool((num_samples != num_samples.max()).any())
