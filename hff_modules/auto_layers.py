@@ -148,7 +148,8 @@ class Analysis:
     def bank(self, sets: Sequence[Sequence[int]]) -> ProbeBank:
         """Probes on sets of layers."""
         places = [self.positions(layers) for layers in sets]
-        return ProbeBank(places, self.encoder.hidden_size, self.task.outputs)
+        bank = ProbeBank(places, self.encoder.hidden_size, self.task.outputs)
+        return bank.to(self.train.device)
 
     def scores_of(self, sets: Sequence[Sequence[int]]) -> list[dict[str, float]]:
         """Train probes on sets of layers, from the start and alike; their scores on dev."""

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from speechbrain.utils.distributed import is_distributed_initialized
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
@@ -230,6 +231,11 @@ class StateCache:
         start = time.perf_counter()
         float(self.encoder.encode(noise)[0].sum())  # waits for a GPU
         minutes = (time.perf_counter() - start) / 5 * seconds / 60
+        if is_distributed_initialized() and minutes > 60:
+            logger.warning(
+                "the other processes wait for one that stores states, and give up after two hours: "
+                "better run this with --fill_only true in a single process first"
+            )
         return f", about {minutes:.1f} minutes"
 
     def _use_superset(self, wanted: Iterable[Variant]) -> bool:

@@ -139,6 +139,29 @@ def rebuilt(hparams: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return _build(merged)
 
 
+def changed_settings(old: str, new: str) -> dict[str, tuple[Any, Any]]:
+    """The keys that two merged texts both have, with other values; what each of them says.
+
+    Example
+    -------
+    >>> changed_settings("{seed: 1, lr: 0.1}", "{seed: 1, lr: 0.2, more: 3}")
+    {'lr': (0.1, 0.2)}
+    """
+    then, now = (_plain(ruamel.yaml.YAML().load(text)) for text in (old, new))
+    return {k: (then[k], now[k]) for k in now if k in then and then[k] != now[k]}
+
+
+def _plain(node: Any) -> Any:
+    """A node without comments and anchors; a tag stands in front of what it is on."""
+    if isinstance(node, dict):
+        plain = {str(key): _plain(value) for key, value in node.items()}
+    elif isinstance(node, list):
+        plain = [_plain(value) for value in node]
+    else:
+        plain = getattr(node, "value", node)  # of a scalar with a tag
+    return f"{_tag(node)} {plain}" if _tag(node) else plain
+
+
 def _build(merged: ruamel.yaml.CommentedMap) -> dict[str, Any]:
     text = _dump(merged)
     return {**load_hyperpyyaml(text), "config": text}

@@ -25,6 +25,9 @@ SCORES = (
 NO_PERCENT = ("min_dcf", "min_dcf_s_norm")  # all others are
 LARGER_IS_BETTER = ("accuracy", "unweighted_accuracy")
 
+# What the runs of a row have in common, where no label says which belong together
+ALIKE = ("task", "dataset", "method", "encoder", "layers", "horizon")
+ALIKE += ("trainable_encoder_parameters", "trainable_parameters")
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -41,11 +44,30 @@ def collect(folder: str | Path, target: str | Path) -> list[dict]:
     Returns
     -------
     list[dict]
+        Runs that were not tested, such as trials of a grid, are left out.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none.
+    ValueError
+        Two runs that no row could tell apart: same task, data, method, sizes, seed and fold.
     """
-    paths = sorted(Path(folder).rglob("results.json"))
-    if not paths:
-        raise FileNotFoundError(f"there is no results.json below {folder}")
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    found = {}
+    for path in sorted(Path(folder).rglob("results.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        same = json.dumps([_identity(run), run["seed"], run.get("fold")])
+        if not run.get("test"):
+            continue
+        if same in found:
+            raise ValueError(
+                f"{path} and {found[same][0]} are runs of one method with the same seed, data and "
+                "sizes: a row is a mean over seeds; collect a folder that holds only one of them"
+            )
+        found[same] = path, run
+    if not found:
+        raise FileNotFoundError(f"there is no results.json of a tested run below {folder}")
+    runs = [run for _, run in found.values()]
     runs.sort(key=lambda run: (run["method"], run["encoder"], run["layers"], run["seed"]))
     write_atomically(target, json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
     return runs
@@ -134,7 +156,7 @@ def is_better_when_larger(name: str) -> bool:
 def _identity(run: dict) -> str:
     if run.get("label") is not None:
         return json.dumps(run["label"])
-    return json.dumps({key: run.get(key) for key in ("method", "encoder", "layers", "horizon")})
+    return json.dumps({key: run.get(key) for key in ALIKE})
 
 
 def _summary(group: Sequence[dict], names: Sequence[str]) -> dict:

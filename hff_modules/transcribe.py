@@ -439,14 +439,18 @@ def transcribe(
 
 def _short(
     transcriber: Transcriber, recordings: Sequence[Recording], bar: tqdm
-) -> dict[Recording, list[TimedWord] | AudioError]:
+) -> dict[Recording, Iterable[TimedWord] | AudioError]:
     """Recognise what is heard as a whole, in batches by length."""
-    found: dict[Recording, list[TimedWord] | AudioError] = {}
+    found: dict[Recording, Iterable[TimedWord] | AudioError] = {}
     for batch in batches_by_length(recordings, transcriber.batch_seconds):
         signals = {}
         for recording in batch:
             try:
-                signals[recording] = read_audio(recording.path)
+                signal = read_audio(recording.path)
+                if len(signal) <= transcriber.window * SAMPLE_RATE:
+                    signals[recording] = signal
+                else:  # the header, of an mp3 say, tells less than there is
+                    found[recording] = transcriber.stream(read_pieces(recording.path))
             except AudioError as error:
                 found[recording] = error
         if signals:

@@ -165,6 +165,11 @@ def analysis(encoder_folder, tmp_path_factory):
     return Analysis(encoder, task, rows[:9], rows[9:], settings, folder / "cache")
 
 
+def test_probes_are_made_where_the_states_are(analysis, monkeypatch):
+    monkeypatch.setattr(analysis.train, "device", torch.device("meta"))  # in place of a GPU
+    assert {t.device.type for t in analysis.bank([[1], [1, 2]]).state_dict().values()} == {"meta"}
+
+
 def test_a_report_has_every_layer_and_is_drawn_in_a_picture_and_a_page(analysis, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     report = analysis.report()

@@ -51,8 +51,24 @@ def test_results_are_gathered_and_written_between_the_marks(tmp_path, capsys):
     assert filled(text, tmp_path) == text
 
 
+def test_runs_of_other_data_sizes_or_without_a_test_are_no_seeds_of_a_row(tmp_path):
+    def keep(name, **more):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(run(**more)))
+
+    keep("a", dataset="one")
+    keep("b", dataset="two")
+    keep("c", dataset="one", trainable_parameters=9)
+    keep("trial", dataset="one", seed=2, test={})
+    runs = collect(tmp_path, tmp_path / "m.json")
+    assert len(runs) == 3 and len(markdown(runs).splitlines()) == 2 + 3
+    keep("again", dataset="one")
+    with pytest.raises(ValueError, match=r"again.results\.json and .*a.results\.json .* same seed"):
+        collect(tmp_path, tmp_path / "m.json")
+
+
 def test_a_folder_without_results_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no results.json below"):
+    with pytest.raises(FileNotFoundError, match="no results.json of a tested run below"):
         collect(tmp_path, tmp_path / "m.json")
 
 

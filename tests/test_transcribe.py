@@ -9,10 +9,20 @@ import numpy
 import pytest
 import soundfile
 import torch
+from tqdm import tqdm
 
 from hff_modules.data import CharUnits
 from hff_modules.exported import ExportError, load_exported
-from hff_modules.transcribe import TimedWord, Transcriber, joined, main, transcribe, write_srt
+from hff_modules.recordings import Recording
+from hff_modules.transcribe import (
+    TimedWord,
+    Transcriber,
+    _short,
+    joined,
+    main,
+    transcribe,
+    write_srt,
+)
 from tests.test_export import learned, read_tones, recognised, tones, trained  # noqa: F401
 from tests.test_recordings import broken_files
 
@@ -138,6 +148,15 @@ def test_the_window_is_no_longer_than_the_encoder_takes_at_once():
     assert max(samples for _, samples in model.calls) <= 30 * 16000
     with pytest.raises(ValueError, match="at least twice the overlap"):
         Transcriber(model, overlap=20)
+
+
+def test_a_recording_longer_than_its_header_says_is_still_heard_in_windows(tmp_path):
+    model, path = Heard(), tmp_path / "long.wav"
+    soundfile.write(path, numpy.zeros(90 * 16000), 16000)
+    recordings = [Recording("long.wav", path, tmp_path / "long", 20.0)]
+    (words,) = _short(Transcriber(model), recordings, tqdm(disable=True)).values()
+    assert list(words) == []
+    assert len(model.calls) > 1 and max(samples for _, samples in model.calls) <= 40 * 16000
 
 
 def test_the_command_gives_the_score_of_the_run(learned, tones, tmp_path):  # noqa: F811

@@ -340,7 +340,8 @@ class SSLBrain(sb.Brain):
         """Everything that ``results.json`` holds; ``dev`` is of the checkpoint that is tested."""
         history, waited = self.meter.history, self.head_first.epochs
         joined = [past for past in history if past["epoch"] > waited]
-        best = min(joined, key=lambda past: past[self.hparams.select_by], default={})
+        # Of equals the latest, which is the checkpoint that SpeechBrain keeps.
+        best = min(reversed(joined), key=lambda past: past[self.hparams.select_by], default={})
         about = ("epoch", "train_seconds", "train_loss")
         fold = getattr(self.hparams, "fold", None)
         return {

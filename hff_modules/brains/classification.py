@@ -172,7 +172,7 @@ def train_classification(
         checkpointer=hparams["checkpointer"],
     )
     text = json.dumps(labels, indent=1, ensure_ascii=False) + "\n"
-    keep(hparams, **{"labels.json": text})
+    keep(hparams, brain.test_only, **{"labels.json": text})
     vary_speed(datasets["train"], hparams)
     cache = brain.head_first.filled_cache(hparams, datasets.values())
     for dataset in datasets.values():

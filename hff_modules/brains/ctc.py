@@ -257,7 +257,7 @@ def train_ctc(
     )
     if hparams["start_from"] is not None:
         brain.about["start_from"] = start_from(brain.trained, units, hparams["start_from"])
-    keep(hparams)
+    keep(hparams, brain.test_only)
     if if_main_process():
         units.save(Path(hparams["output_folder"]) / "units")
     everything = [train_set, dev_set, *test_sets.values()]

@@ -13,8 +13,20 @@ from torch.utils.data import DataLoader
 
 from hff_modules import adapters
 from hff_modules.brains.base import SSLBrain
+from hff_modules.config import changed_settings
 from hff_modules.data.loading import batches_by_length
 from hff_modules.files import write_atomically
+
+# What may change between two commands that work on one run: where things lie (the encoder's content
+# is compared, not its name), what is stored and logged, and what follows training.
+MAY_CHANGE = (
+    "output_folder data_folder csv encoder ssl_encoder sources_folder cache cache_gigabytes "
+    "speed_cache fill_only analysis probes num_workers ckpt_interval_minutes checkpointer "
+    "train_logger tensorboard check_only max_missing max_bad_share testing test_splits "
+    "cohort_speakers cohort_utterances cohort_nearest decoding beam_searcher "
+    "lm lm_text lm_order lm_alpha lm_beta lm_beam lm_minutes"
+).split()
+BATCHES = ("batch_seconds", "num_buckets", "max_batch_size")  # of a run that is only tested
 
 
 def build_modules(hparams: Mapping[str, Any], **head_sizes: Any) -> dict[str, nn.Module]:
@@ -39,10 +51,30 @@ def build_modules(hparams: Mapping[str, Any], **head_sizes: Any) -> dict[str, nn
     return {"encoder": encoder, "fusion": fusion, "masking": hparams["masking"], "head": head}
 
 
-def keep(hparams: Mapping[str, Any], **files: str) -> None:
-    """Write the merged settings as ``config.yaml``, and other files, into the output folder."""
+def keep(hparams: Mapping[str, Any], test_only: bool = False, **files: str) -> None:
+    """Write the merged settings as ``config.yaml``, and other files, into the output folder.
+
+    Raises
+    ------
+    ValueError
+        The folder has a checkpoint of a run with other settings, which would be continued, or
+        tested, as if it had these.
+    """
+    folder = Path(hparams["output_folder"])
+    if any(folder.glob("save/CKPT*")) and (folder / "config.yaml").is_file():
+        old = (folder / "config.yaml").read_text(encoding="utf-8")
+        may_change = (*MAY_CHANGE, *(BATCHES if test_only else ()))
+        changed = [
+            f"{key} {then!s:.60} (now {now!s:.60})"
+            for key, (then, now) in changed_settings(old, hparams["config"]).items()
+            if key not in may_change
+        ]
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with {', '.join(changed)}; choose another --output_folder, "
+                "or delete that one to start anew"
+            )
     if if_main_process():
-        folder = Path(hparams["output_folder"])
         for name, text in {"config.yaml": hparams["config"], **files}.items():
             write_atomically(folder / name, text)
 
