@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hff_modules.brains import CTCBrain, train_ctc
-from hff_modules.checkpoint import CheckpointError
 from hff_modules.config import METHODS, load_config
 from hff_modules.data import CharUnits
 from hff_modules.data.loading import drop_unalignable, needed_frames, read_speech
