@@ -44,6 +44,7 @@ def test_the_mean_is_of_the_languages_of_a_seed_and_its_spread_that_of_the_seeds
     assert [entry["test"]["mean"]["cer"] for entry in entries] == [60, 65]
     assert entries[1]["test"]["mean, beam"] == {"cer": 64}
     assert entries[1]["test"]["mean, beam with LM"] == {"cer": 63}
+    assert entries[1]["per_language"]["ru"].keys() >= {"cer", "cer_beam", "cer_lm"}
     table = markdown(entries)
     assert "| 62.5 ± 3.5 |" in table and "| 51.0 ± 1.4 |" in table and "| 1, 2 |" in table
 

@@ -4,7 +4,8 @@
 
 Everything but the languages goes to ``hff_modules.compare``, which goes on where it was stopped.
 The runs of a row and a seed become one entry of ``measured.json``: CER of each language, their mean
-as the set "mean", and with a language model those of the beam search without and with it.
+as the set "mean", and with a language model those of the beam search without and with it; all scores
+of each language are under ``per_language``.
 """
 
 import json
@@ -20,6 +21,7 @@ from hff_modules.files import write_atomically
 from hff_modules.tables import markdown
 
 MEANS = ("train_seconds", "step_seconds", "peak_memory_mb", "trainable_parameters")
+KNOWN = ("known_units", "new_units")
 OF_ONE = ("test", "history", "lm", "start_from", "language", "reach", "layer_weights", "chosen")
 
 
@@ -62,6 +64,11 @@ def together(runs: Sequence[dict[str, Any]], languages: Sequence[str]) -> list[d
         test |= {name: {"cer": scores[name]["cer"]} for name in languages}
         entry |= {key: statistics.mean(one[key] for one in group) for key in MEANS}
         entry["trainable_parameters"] = round(entry["trainable_parameters"])
+        entry["per_language"] = {
+            one["language"]: {**scores[one["language"]], "train_seconds": one["train_seconds"]}
+            | {key: one["start_from"][key] for key in KNOWN if one.get("start_from")}
+            for one in group
+        }
         entry["dev"] = {"cer": statistics.mean(one["dev"]["cer"] for one in group)}
         entries.append({**entry, "languages": list(languages), "test": test})
     return entries
