@@ -4,8 +4,8 @@
 
 Everything but the languages goes to ``hff_modules.compare``, which goes on where it was stopped.
 The runs of a row and a seed become one entry of ``measured.json``: CER of each language, their mean
-as the set "mean", and with a language model those of the beam search without and with it; all scores
-of each language are under ``per_language``.
+as the set "mean", and with a language model those of the beam search without and with it. All
+scores of each language are under ``per_language``.
 """
 
 import json
