@@ -113,7 +113,7 @@ class SSLEncoder(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the pretrained weights that are kept, and of the preprocessing."""
+        """Hash of the pretrained weights that are kept, and of what settings add to them."""
         return self.fingerprint_up_to(self.top)
 
     def fingerprint_up_to(self, number: int) -> str:

@@ -313,6 +313,30 @@ def test_the_manifest_is_json_and_names_the_content(encoder_folder, tmp_path):
     assert SSLEncoder(str(changed), layers=[2, 4]).fingerprint != manifest["fingerprint"]
 
 
+@pytest.mark.parametrize(
+    "name, key, value",
+    [
+        ("w2v-bert-2", "hidden_act", "relu"),
+        ("hubert-large", "num_attention_heads", 4),
+        ("wav2vec2-base", "layer_norm_eps", 0.1),
+        ("whisper", "activation_function", "relu"),
+    ],
+)
+def test_another_config_above_the_same_weights_is_another_encoder(
+    make_encoder_folder, tmp_path, name, key, value
+):
+    folder = make_encoder_folder(name)
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps({**config, key: value}))
+    one, other = SSLEncoder(folder, layers=4).eval(), SSLEncoder(str(changed), layers=4).eval()
+    wavs, wav_lens = speech(SAMPLES)
+    assert not torch.allclose(one(wavs, wav_lens)[0], other(wavs, wav_lens)[0], atol=1e-6)
+    assert one.fingerprint != other.fingerprint  # or one would read the other's stored states
+    (changed / "config.json").write_text(json.dumps({**config, "transformers_version": "4.0"}))
+    assert SSLEncoder(str(changed), layers=4).fingerprint == one.fingerprint
+
+
 def test_frame_rate_and_shortest_utterance(make_encoder_folder):
     encoder = SSLEncoder(make_encoder_folder("w2v-bert-2"), layers=1)
     assert encoder.frame_rate == 50.0
