@@ -53,6 +53,7 @@ from hff_modules.exported import (
     describe_encoder,
 )
 from hff_modules.files import write_atomically
+from hff_modules.ngram import FILE as LM
 from hff_modules.source import BUILTIN
 
 CARD = "README.md"
@@ -118,6 +119,8 @@ def export(
         write_tensors(partial / TENSORS, tensors)
         if manifest["task"] == "asr":
             trained.units.save(partial / TOKENIZER)
+            if "lm" in manifest:
+                trained.copy_language_model(partial / LM)
         elif manifest["task"] == "classification":
             write_atomically(partial / LABELS, _json(trained.labels))
         write_atomically(partial / MANIFEST, _json(manifest))
@@ -269,8 +272,20 @@ class TrainedRun:
         }
         if self.task == "asr":
             manifest["units"] = self.units.kind
+            lm = self.results.get("lm")
+            if lm and lm["alpha"]:  # else the search was better without it
+                manifest["lm"] = {key: lm[key] for key in ("kind", "order", "alpha", "beta")}
         del manifest["encoder"]["layers"]
         return manifest
+
+    def copy_language_model(self, path: Path) -> None:
+        """Copy the language model whose weights the run chose."""
+        if not (self.folder / LM).is_file():
+            raise ExportError(
+                f"{self.folder} has no {LM}, though its results.json names a language model; the "
+                "same training command with --test_only writes it"
+            )
+        shutil.copyfile(self.folder / LM, path)
 
     def merge(self, folder: Path) -> dict[str, Any]:
         """Fold the adapters into the base encoder, write that; gives what changes in ``hff.json``.

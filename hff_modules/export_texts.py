@@ -105,6 +105,10 @@ _PIPELINES = {
     "speaker": "feature-extraction",
 }
 
+_WITH_LM = """
+`transcribe --lm` searches with the language model that is here, too, in `lm.arpa`.
+"""
+
 _USE = {
     "asr": """\
 ```python
@@ -218,7 +222,7 @@ def card(manifest: Mapping[str, Any], about: Mapping[str, Any], name: str = "my_
     return (
         f"---\n{stream.getvalue()}---\n\n# {manifest['method']} for {manifest['task']}\n\n"
         f"| | |\n| --- | --- |\n{table}\n{packed}\n\n## Use\n\n"
-        f"{_USE[manifest['task']].format(name=name)}\n"
+        f"{_USE[manifest['task']].format(name=name)}{_WITH_LM if 'lm' in manifest else ''}\n"
         f"`{MANIFEST}` and `{TENSORS}` are data and execute nothing. `hyperparams.yaml` is for "
         "SpeechBrain's interfaces, which build whatever classes it names: look at it before you "
         "open it from strangers so, or use `load_exported`, which does not read it.\n"

@@ -6,6 +6,7 @@
         hff.json                what the model is: task, base encoder, layers, adapters, classes
         trained.safetensors     the trained tensors, nothing else
         tokenizer/              units of a recogniser; or labels.json: {slot: [names]}
+        lm.arpa                 n-grams of a recogniser that was trained with a language model
         encoder/                the base encoder, where it was packed or merged
         hyperparams.yaml        for SpeechBrain's interfaces (hff_modules.interfaces); not read here
         README.md               model card
@@ -32,11 +33,21 @@ from hff_modules.cache import as_stored
 from hff_modules.checkpoint import CheckpointError, read_tensors
 from hff_modules.data.text import load_units
 from hff_modules.encoder import SSLEncoder
+from hff_modules.ngram import FILE as LM
+from hff_modules.ngram import Fused, load_arpa
 
 FORMAT = 1
 MANIFEST, TENSORS = "hff.json", "trained.safetensors"
 TOKENIZER, LABELS, PACKED = "tokenizer", "labels.json", "encoder"
-FILES = [MANIFEST, TENSORS, LABELS, f"{TOKENIZER}/*", f"{PACKED}/*.json", f"{PACKED}/*.safetensors"]
+FILES = [
+    MANIFEST,
+    TENSORS,
+    LABELS,
+    LM,
+    f"{TOKENIZER}/*",
+    f"{PACKED}/*.json",
+    f"{PACKED}/*.safetensors",
+]
 TASKS = ("asr", "classification", "speaker")
 
 
@@ -290,6 +301,29 @@ class Exported(nn.Module):
                 own = {k.removeprefix(f"{part}."): t for k, t in given.items()}
                 module = getattr(self, part)
                 module.load_state_dict({key: own[key] for key in module.state_dict()})
+
+    def search_with_lm(self, beam_size: int = 32) -> Fused:
+        """Give the beam search with the language model of a recogniser's training.
+
+        Raises
+        ------
+        ExportError
+            It was trained without one, or with one that made dev worse; or the file is damaged.
+        """
+        chosen, path = self.manifest.get("lm"), self.folder / LM
+        if chosen is None:
+            raise ExportError(
+                f"{self.folder} has no language model: it was trained without one (--lm char), or "
+                "was better without it on dev"
+            )
+        try:
+            lm = load_arpa(path)
+        except FileNotFoundError:
+            raise ExportError(f"{self.folder} has no {LM}: not a whole exported model") from None
+        except ValueError as error:
+            raise ExportError(str(error)) from None
+        weights = {key: chosen[key] for key in ("alpha", "beta")}
+        return Fused(lm, chosen["kind"], self.units, beam_size=beam_size, **weights)
 
     # From waveforms to results
 

@@ -2,6 +2,7 @@
 
     python -m hff_modules.transcribe my_model speech.wav
     python -m hff_modules.transcribe my_model calls/ "*.mp3" --format jsonl --output calls.jsonl
+    python -m hff_modules.transcribe my_model speech.wav --lm      # the language model of training
     cat speech.flac | python -m hff_modules.transcribe my_model - --format srt
 
 A recording that is longer than a window is read in overlapping windows, which are joined at the
@@ -16,7 +17,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -44,6 +45,8 @@ from hff_modules.recordings import (
 
 AT_ONCE = 256  # recordings; results come in the order of the recordings
 SUFFIXES = {"text": ".txt", "jsonl": ".jsonl", "srt": ".srt"}
+BEAM = 50
+Search = Callable[[torch.Tensor, torch.Tensor], list[str]]
 PAUSE, CUE_SECONDS, CUE_LETTERS = 1.0, 6.0, 84  # where a subtitle ends
 
 
@@ -62,17 +65,13 @@ class Decoder:
     Arguments
     ---------
     units : CharUnits | SentencePieceUnits
-    beam : int, optional
-        Width of SpeechBrain's prefix beam search; the best path by default.
+    search : callable, optional
+        From log probabilities (1, frames, units) and relative lengths (1,) to a list of one text;
+        the best path by default.
     """
 
-    def __init__(self, units: Units, beam: int | None = None):
-        self.units, self.written = units, written(units)
-        self.searcher = None
-        if beam is not None:
-            self.searcher = CTCPrefixBeamSearcher(
-                blank_index=units.blank_index, vocab_list=units.vocab_list, beam_size=beam
-            )
+    def __init__(self, units: Units, search: Search | None = None):
+        self.units, self.written, self.search = units, written(units), search
 
     def best_words(self, log_probs: torch.Tensor) -> list[Word]:
         """Words of the best path through (frames, units)."""
@@ -81,13 +80,21 @@ class Decoder:
 
     def words(self, log_probs: torch.Tensor) -> list[Word]:
         """Words of the best path, or of the beam search, aligned to the frames."""
-        if self.searcher is None or len(log_probs) == 0:
+        if self.search is None or len(log_probs) == 0:
             return self.best_words(log_probs)
-        text = self.searcher(log_probs[None], torch.ones(1))[0][0].text
+        text = self.search(log_probs[None], torch.ones(1))[0]
         ids = self.units.encode(text)
         if needed_frames(ids) > len(log_probs):  # spelt otherwise than the search did
             return [Word(word, 0, len(log_probs)) for word in text.split()]
         return words(aligned(log_probs, ids, self.units.blank_index), self.written)
+
+
+def beam_search(units: Units, width: int) -> Search:
+    """SpeechBrain's prefix beam search, for :class:`Decoder`."""
+    searcher = CTCPrefixBeamSearcher(
+        blank_index=units.blank_index, vocab_list=units.vocab_list, beam_size=width
+    )
+    return lambda log_probs, wav_lens: [found[0].text for found in searcher(log_probs, wav_lens)]
 
 
 class Transcriber:
@@ -105,6 +112,9 @@ class Transcriber:
         Of speech in a batch.
     beam : int, optional
         Width of a beam search; the best path by default.
+    lm : bool
+        Search with the language model that the recogniser was exported with. Each stretch between
+        two joints of windows is a sentence to it.
 
     Example
     -------
@@ -120,10 +130,16 @@ class Transcriber:
         overlap: float = 8.0,
         batch_seconds: float = 60.0,
         beam: int | None = None,
+        lm: bool = False,
     ):
         if model.task != "asr":
             raise ExportError(f"{model.folder} is a model for {model.task}, not a recogniser (asr)")
-        self.model, self.decoder = model, Decoder(model.units, beam)
+        search = None
+        if lm:
+            search = model.search_with_lm(beam or BEAM)
+        elif beam is not None:
+            search = beam_search(model.units, beam)
+        self.model, self.decoder = model, Decoder(model.units, search)
         self.frame_rate = model.encoder.frame_rate
         longest = model.encoder.maximum_samples
         window = window if longest is None else min(window, longest / SAMPLE_RATE)
@@ -474,7 +490,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("inputs", nargs="+", help="files, folders, patterns, or - for audio")
     parser.add_argument("--format", choices=SUFFIXES, default="text")
     parser.add_argument("--output", help="file, or folder for a file each; else standard output")
-    parser.add_argument("--beam", type=int, nargs="?", const=50, help="beam search of this width")
+    parser.add_argument("--beam", type=int, nargs="?", const=BEAM, help="beam search of this width")
+    parser.add_argument("--lm", action="store_true", help="with the model's language model")
     parser.add_argument("--window", type=float, default=40.0, help="seconds heard at once")
     parser.add_argument("--overlap", type=float, default=8.0, help="seconds that windows share")
     parser.add_argument("--batch-seconds", type=float, default=60.0)
@@ -496,6 +513,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         overlap=options.overlap,
         batch_seconds=options.batch_seconds,
         beam=options.beam,
+        lm=options.lm,
     )
     if failures:
         sys.exit(1)

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -12,7 +13,9 @@ import torch
 from tqdm import tqdm
 
 from hff_modules.data import CharUnits
+from hff_modules.export import export
 from hff_modules.exported import ExportError, load_exported
+from hff_modules.ngram import Fused, tokens, train_ngram, write_arpa
 from hff_modules.recordings import Recording
 from hff_modules.transcribe import (
     TimedWord,
@@ -177,6 +180,32 @@ def test_the_command_gives_the_score_of_the_run(learned, tones, tmp_path):  # no
     assert 100 * jiwer.wer([line[6:] for line in references], hypotheses) == expected["wer"]
     for line in lines:
         assert " ".join(word["word"] for word in line["words"]) == line["text"]
+
+
+def test_the_language_model_of_the_training_comes_along(learned, tones, tmp_path, capsys):  # noqa: F811
+    folder = shutil.copytree(learned[0], tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text())
+    results["lm"] = {"kind": "char", "order": 4, "alpha": 3.0, "beta": 1.0, "dev": {}}
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ExportError, match="has no lm.arpa.*--test_only writes it"):
+        export(folder, tmp_path / "model")
+    other = train_ngram([tokens("EEEE GGGG", "char")] * 9, order=4)  # says nothing that was said
+    write_arpa(other, folder / "lm.arpa")
+    export(folder, tmp_path / "model")
+    assert "`transcribe --lm`" in (tmp_path / "model/README.md").read_text()
+    model, files = load_exported(tmp_path / "model"), sorted(map(str, tones.glob("*.wav")))
+    search, expected = Fused(other, "char", model.units, 3.0, 1.0, beam_size=8), []
+    for file in files:
+        signal = torch.from_numpy(soundfile.read(file, dtype="float32")[0])[None]
+        expected += search(model.outputs(*model.states(signal)), torch.ones(1))
+    main([str(tmp_path / "model"), *files, "--lm", "--beam", "8", "--quiet"])
+    found = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
+    assert found == expected != [recognised(folder)[Path(file).stem] for file in files]
+    with pytest.raises(ExportError, match="has no language model: it was trained without one"):
+        Transcriber(load_exported(learned[2]), lm=True)
+    (tmp_path / "model/lm.arpa").write_text("no model")
+    with pytest.raises(ExportError, match="lm.arpa: no ARPA file"):
+        Transcriber(model, lm=True)
 
 
 def test_any_rate_and_channels_are_recognised_alike(learned, tones, tmp_path):  # noqa: F811

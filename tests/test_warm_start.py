@@ -216,6 +216,7 @@ def test_a_language_model_is_weighed_on_dev_and_scored_beside_the_best_path(run,
     }
     assert "\n  lm   " in (tmp_path / "run/test-mt.txt").read_text()
     assert lm["dev"]["cer"] <= lm["dev_beam"]["cer"]
+    assert (tmp_path / "run/lm.arpa").is_file() == (lm["alpha"] > 0)
 
 
 def test_a_language_model_of_a_text_can_be_applied_to_a_finished_run(run, tmp_path):

@@ -30,7 +30,7 @@ from hff_modules.data.loading import (
 from hff_modules.data.speed import vary_speed
 from hff_modules.data.text import Units, build_units
 from hff_modules.files import write_atomically
-from hff_modules.ngram import Fused, model_for
+from hff_modules.ngram import FILE, Fused, model_for, write_arpa
 from hff_modules.probes import CTCTask
 from hff_modules.warm_start import start_from
 
@@ -188,6 +188,8 @@ class CTCBrain(SSLBrain):
             "dev": rates,
             "dev_beam": without,
         }
+        if weights["alpha"] and if_main_process():  # what an export takes along
+            write_arpa(self.lm, Path(self.hparams.output_folder) / FILE)
         return {"beam": beam, "lm": best}
 
     def results(self, test: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
