@@ -5,7 +5,8 @@
 
 ``collect`` gathers the results of all runs below a folder. ``write`` fills every block between
 ``<!-- table: measured.json -->`` and ``<!-- end of table -->`` in a Markdown file from the file
-that it names (beside the Markdown file), runs that differ in their seed only as mean ± spread.
+that it names (beside the Markdown file), runs that differ in their seed only as mean ± spread. A
+block may choose its columns: ``<!-- table: measured.json | method | dev CER % -->``.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hff_modules.cli import run as run_main
 from hff_modules.files import write_atomically
 
 SCORES = (
@@ -28,7 +30,9 @@ LARGER_IS_BETTER = ("accuracy", "unweighted_accuracy")
 # What the runs of a row have in common, where no label says which belong together
 ALIKE = ("task", "dataset", "method", "encoder", "layers", "horizon")
 ALIKE += ("trainable_encoder_parameters", "trainable_parameters")
-_BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- table: (\S+)((?: \| [^|\n]+)*) -->\n).*?(<!-- end of table -->)", re.DOTALL
+)
 
 
 def collect(folder: str | Path, target: str | Path) -> list[dict]:
@@ -258,20 +262,32 @@ def cells(runs: Sequence[dict]) -> list[list[str]]:
     return table
 
 
-def markdown(runs: Sequence[dict]) -> str:
+def markdown(runs: Sequence[dict], columns: Sequence[str] = ()) -> str:
     """One row for all runs that differ in their seed only, in the order of their first score.
 
     Arguments
     ---------
     runs : Sequence[dict]
         As for :func:`summaries`.
+    columns : Sequence[str]
+        Their heads; all by default.
 
     Returns
     -------
     str
         A Markdown table.
+
+    Raises
+    ------
+    ValueError
+        There is no such column.
     """
-    head, *rows = cells(runs)
+    table = cells(runs)
+    unknown = [name for name in columns if name not in table[0]]
+    if unknown:
+        raise ValueError(f"no column {unknown[0]!r} in the table; expected {', '.join(table[0])}")
+    places = [table[0].index(name) for name in columns or table[0]]
+    head, *rows = [[row[place] for place in places] for row in table]
     lines = [head, ["---"] * len(head), *([c.replace("|", "\\|") for c in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -281,7 +297,8 @@ def filled(text: str, folder: Path) -> str:
 
     def table(match: re.Match) -> str:
         runs = json.loads((folder / match[2]).read_text(encoding="utf-8"))
-        return f"{match[1]}\n{markdown(runs)}\n{match[3]}"
+        columns = [name.strip() for name in match[3].split("|")[1:]]
+        return f"{match[1]}\n{markdown(runs, columns)}\n{match[4]}"
 
     return _BLOCK.sub(table, text)
 
@@ -328,4 +345,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -51,6 +51,18 @@ def test_results_are_gathered_and_written_between_the_marks(tmp_path, capsys):
     assert filled(text, tmp_path) == text
 
 
+def test_a_block_may_choose_its_columns(tmp_path):
+    (tmp_path / "m.json").write_text(json.dumps([run(), run("hconv", cer=30.0)]))
+    block = "<!-- table: m.json | test-mini CER % | method -->\n<!-- end of table -->\n"
+    lines = filled(block, tmp_path).splitlines()
+    assert lines[2:6] == [
+        *("| test-mini CER % | method |", "| --- | --- |", "| 30.0 | hconv |", "| 40.0 | fusion |")
+    ]
+    assert filled("\n".join(lines), tmp_path) == "\n".join(lines)
+    with pytest.raises(ValueError, match="no column 'CER' in the table; expected method, encoder"):
+        filled(block.replace("method", "CER"), tmp_path)
+
+
 def test_runs_of_other_data_sizes_or_without_a_test_are_no_seeds_of_a_row(tmp_path):
     def keep(name, **more):
         (tmp_path / name).mkdir()
