@@ -274,7 +274,9 @@ class TrainedRun:
             manifest["units"] = self.units.kind
             lm = self.results.get("lm")
             if lm and lm["alpha"]:  # else the search was better without it
-                manifest["lm"] = {key: lm[key] for key in ("kind", "order", "alpha", "beta")}
+                manifest["lm"] = {
+                    key: lm[key] for key in ("kind", "order", "alpha", "beta", "beam")
+                }
         del manifest["encoder"]["layers"]
         return manifest
 

@@ -302,8 +302,13 @@ class Exported(nn.Module):
                 module = getattr(self, part)
                 module.load_state_dict({key: own[key] for key in module.state_dict()})
 
-    def search_with_lm(self, beam_size: int = 32) -> Fused:
+    def search_with_lm(self, beam_size: int | None = None) -> Fused:
         """Give the beam search with the language model of a recogniser's training.
+
+        Arguments
+        ---------
+        beam_size : int, optional
+            By default the one that the model's weights were chosen with.
 
         Raises
         ------
@@ -314,7 +319,7 @@ class Exported(nn.Module):
         if chosen is None:
             raise ExportError(
                 f"{self.folder} has no language model: it was trained without one (--lm char), or "
-                "was better without it on dev"
+                "dev was recognised better without it"
             )
         try:
             lm = load_arpa(path)
@@ -323,7 +328,8 @@ class Exported(nn.Module):
         except ValueError as error:
             raise ExportError(str(error)) from None
         weights = {key: chosen[key] for key in ("alpha", "beta")}
-        return Fused(lm, chosen["kind"], self.units, beam_size=beam_size, **weights)
+        size = beam_size or chosen["beam"]
+        return Fused(lm, chosen["kind"], self.units, beam_size=size, **weights)
 
     # From waveforms to results
 

@@ -30,6 +30,7 @@ SPACE_TOKEN = "\u2581"  # the space among characters, in ARPA files
 SPACE_UNIT = "\u2423"  # the space in the search's texts: to it, a sentence is one word
 UNKNOWN_WORD = -10.0  # added to the log probability of a word that is not in the model
 LOG10 = math.log(10)
+MOST_KNOWN = 500_000  # beginnings of sentences whose scores are kept
 
 
 def tokens(text: str, kind: str) -> tuple[str, ...]:
@@ -134,8 +135,11 @@ def load_arpa(path: str | Path) -> BackoffNgramLM:
     """
     try:
         with open(path, encoding="utf-8") as file:
+            if not any(line.strip() == "\\end\\" for line in file):  # it would be read for ever
+                raise ValueError("there is no \\end\\: is all of it there?")
+            file.seek(0)
             _, ngrams, backoffs = read_arpa(file)
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, LookupError, NameError) as error:  # NameError: a head without counts
         raise ValueError(f"{path}: no ARPA file ({error})") from None
     return BackoffNgramLM(ngrams, backoffs)
 
@@ -174,13 +178,16 @@ class CharScorer:
 
     def _begun(self, text: str) -> tuple[float, tuple]:
         if text not in self._known:
-            if len(self._known) > 500_000:
+            if len(self._known) > MOST_KNOWN:
                 self._known = {"": self._known[""]}
-            score, context = self._begun(text[:-1])
-            token = SPACE_TOKEN if text[-1] == SPACE_UNIT else text[-1]
-            score += self.alpha * LOG10 * _log10(self.lm, token, context) + self.beta
-            longer = (*context, token)
-            self._known[text] = score, longer[max(0, len(longer) - self.order + 1) :]
+            known = next(n for n in range(len(text) - 1, -1, -1) if text[:n] in self._known)
+            score, context = self._known[text[:known]]
+            for end in range(known + 1, len(text) + 1):
+                token = SPACE_TOKEN if text[end - 1] == SPACE_UNIT else text[end - 1]
+                score += self.alpha * LOG10 * _log10(self.lm, token, context) + self.beta
+                longer = (*context, token)
+                context = longer[max(0, len(longer) - self.order + 1) :]
+                self._known[text[:end]] = score, context
         return self._known[text]
 
 

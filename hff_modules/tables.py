@@ -300,7 +300,14 @@ def filled(text: str, folder: Path) -> str:
         columns = [name.strip() for name in match[3].split("|")[1:]]
         return f"{match[1]}\n{markdown(runs, columns)}\n{match[4]}"
 
-    return _BLOCK.sub(table, text)
+    marks = text.count("<!-- table:")
+    text, found = _BLOCK.subn(table, text)
+    if found < marks:
+        raise ValueError(
+            f"{marks - found} of {marks} tables lack their end or are spelt otherwise than "
+            "<!-- table: file.json | column | column -->"
+        )
+    return text
 
 
 def write(path: str | Path) -> None:

@@ -136,7 +136,7 @@ class Transcriber:
             raise ExportError(f"{model.folder} is a model for {model.task}, not a recogniser (asr)")
         search = None
         if lm:
-            search = model.search_with_lm(beam or BEAM)
+            search = model.search_with_lm(beam)
         elif beam is not None:
             search = beam_search(model.units, beam)
         self.model, self.decoder = model, Decoder(model.units, search)

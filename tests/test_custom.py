@@ -203,3 +203,30 @@ def test_the_recipe_checks_alone_or_runs_to_its_results(tmp_path, encoder_folder
     train.main([*argv, "--few_shot", "--frozen_epochs", "0"])
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["dataset"] == "custom" and {"cer", "wer"} <= results["test"]["test"].keys()
+
+
+def test_other_rows_do_not_go_on_with_the_run_on_those_before(
+    tmp_path, encoder_folder, monkeypatch
+):
+    spec = importlib.util.spec_from_file_location("train_custom", RECIPE / "train.py")
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    monkeypatch.chdir(tmp_path)
+    rows = recordings(tmp_path, split=lambda n: "train" if n % 3 else "dev")
+    path = write_csv(tmp_path / "my.csv", rows)
+    options = ["--csv", str(path), "--head", "!name:hff_modules.heads.LinearHead"]
+    options += ["--lm", "char", "--lm_alpha", "[0.5]", "--lm_beta", "[0.0]"]
+    argv = corpora.arguments(tmp_path / "run", encoder_folder, "weighted_sum", *options)
+    train.main(argv)
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["test"] == {} and results["lm"]["dev_utterances"] == 10, "no test part needed"
+    write_csv(path, rows[:-1])
+    with pytest.raises(ValueError, match="on other data: train had 20 utterances, now it has 19"):
+        train.main(argv)
+    write_csv(path, [*rows[:-1], {**rows[-1], "text": "three ten"}])
+    with pytest.raises(ValueError, match="now it has 20, not all the same; choose another"):
+        train.main([*argv, "--test_only"])
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "audio").rename(tmp_path / "moved/audio")
+    argv[argv.index(str(path))] = str(write_csv(tmp_path / "moved/my.csv", rows))
+    train.main(argv)  # the same rows elsewhere

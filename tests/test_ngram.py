@@ -172,6 +172,32 @@ def test_models_that_cannot_serve_are_refused(tmp_path):
         Fused(train_ngram([("a",)], 2), "char", pieces, 1.0, 0.0)
 
 
+@pytest.mark.parametrize(
+    "keep, said", [(3, "is all of it there"), (-9, "is all of it there"), (1, "is all of it")]
+)
+def test_a_model_file_that_breaks_off_is_named(tmp_path, keep, said):
+    write_arpa(train_ngram([tokens(text, "char") for text in TEXTS], 3), tmp_path / "lm.arpa")
+    lines = (tmp_path / "lm.arpa").read_text().splitlines()
+    (tmp_path / "lm.arpa").write_text("\n".join(lines[:keep]))
+    with pytest.raises(ValueError, match=f"lm.arpa: no ARPA file .*{said}"):
+        load_arpa(tmp_path / "lm.arpa")
+    (tmp_path / "lm.arpa").write_text("\\data\\\n\\end\\\n")
+    with pytest.raises(ValueError, match="lm.arpa: no ARPA file"):
+        load_arpa(tmp_path / "lm.arpa")
+
+
+def test_long_texts_are_scored_after_memory_is_cleared(monkeypatch):
+    lm = train_ngram([tokens(text, "char") for text in TEXTS], 3)
+    text = "the cat " * 300
+    expected = CharScorer(lm, 0.7, 0.3).score_partial_token(text)
+    scorer = CharScorer(lm, 0.7, 0.3)
+    by_steps = [scorer.score_partial_token(text[:end]) for end in range(1, len(text) + 1)]
+    assert by_steps[-1] == pytest.approx(expected)
+    monkeypatch.setattr(ngram, "MOST_KNOWN", 5)
+    assert scorer.score_partial_token(text + "s") < expected
+    assert scorer.score_partial_token(text) == pytest.approx(expected)
+
+
 def test_the_command_line_writes_a_model_that_a_run_can_use(tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(TEXTS))
     ngram.main([str(tmp_path / "text.txt"), str(tmp_path / "lm.arpa"), "--order", "3"])

@@ -61,6 +61,8 @@ def test_a_block_may_choose_its_columns(tmp_path):
     assert filled("\n".join(lines), tmp_path) == "\n".join(lines)
     with pytest.raises(ValueError, match="no column 'CER' in the table; expected method, encoder"):
         filled(block.replace("method", "CER"), tmp_path)
+    with pytest.raises(ValueError, match="1 of 1 tables lack their end or are spelt otherwise"):
+        filled(block.replace("| method", "|method"), tmp_path)
 
 
 def test_runs_of_other_data_sizes_or_without_a_test_are_no_seeds_of_a_row(tmp_path):

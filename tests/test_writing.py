@@ -101,6 +101,9 @@ def test_an_apostrophe_ends_words_where_it_is_spelled():
         writing_of(sentences, "mt").clean(sentences[0]) == "jista' jkun ta' jew ma' l oħrajn l hawn"
     )
     assert writing_of(sentences, "it").clean("'Un po'' di") == "un po di"
+    letters = "\u02bcYan \u02bc Tog\u02bc va, \u02bcbog\u02bc"  # as Hausa begins words
+    assert writing_of(sentences, "ha").clean(letters) == "'yan tog' va 'bog'"
+    assert writing_of(sentences, "uz").clean("Tog\u2018 va \u2018bog'") == "tog' va bog'"
 
 
 def test_what_is_left_out_is_counted():

@@ -172,7 +172,8 @@ def train_classification(
         checkpointer=hparams["checkpointer"],
     )
     text = json.dumps(labels, indent=1, ensure_ascii=False) + "\n"
-    keep(hparams, brain.test_only, **{"labels.json": text})
+    chosen_by = {part: datasets[part] for part in ("train", "dev")}
+    keep(hparams, chosen_by, brain.test_only, **{"labels.json": text})
     vary_speed(datasets["train"], hparams)
     cache = brain.head_first.filled_cache(hparams, datasets.values())
     for dataset in datasets.values():

@@ -13,6 +13,7 @@ from typing import Any
 import jiwer
 import speechbrain as sb
 import torch
+from speechbrain.dataio.dataset import DynamicItemDataset, FilteredSortedDynamicItemDataset
 from speechbrain.decoders import ctc_greedy_decode
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
@@ -30,7 +31,8 @@ from hff_modules.data.loading import (
 from hff_modules.data.speed import vary_speed
 from hff_modules.data.text import Units, build_units
 from hff_modules.files import write_atomically
-from hff_modules.ngram import FILE, Fused, model_for, write_arpa
+from hff_modules.ngram import FILE as LM
+from hff_modules.ngram import Fused, model_for, write_arpa
 from hff_modules.probes import CTCTask
 from hff_modules.warm_start import start_from
 
@@ -139,13 +141,17 @@ class CTCBrain(SSLBrain):
 
     def test(self, test_sets: Mapping[str, DataLoader]) -> dict[str, dict[str, float]]:
         """Score the best checkpoint; before, choose a language model's weights on dev."""
-        if self.lm is not None and test_sets and getattr(self.hparams, "testing", True):
-            self.on_evaluate_start(min_key=self.hparams.select_by)
-            self.searches = self.choose_weights(*self._some_of_dev())
-        return super().test(test_sets)
+        if self.lm is None or not getattr(self.hparams, "testing", True):
+            return super().test(test_sets)
+        self.on_evaluate_start(min_key=self.hparams.select_by)
+        self.searches = self.choose_weights(*self._outputs_on_dev())
+        found = super().test(test_sets)
+        if self.about["lm"]["alpha"] and if_main_process():  # what an export takes along
+            write_arpa(self.lm, Path(self.hparams.output_folder) / LM)
+        return found
 
-    def _some_of_dev(self) -> tuple[list[torch.Tensor], list[str]]:
-        """Log probabilities (frames, units) and references, from all over dev."""
+    def _outputs_on_dev(self) -> tuple[list[torch.Tensor], list[str]]:
+        """Log probabilities (frames, units) and references."""
         self.modules.eval()
         found = []
         with torch.no_grad():
@@ -155,9 +161,6 @@ class CTCBrain(SSLBrain):
                 rows = [row[:count] for row, count in outputs]
                 found += zip(batch.id, rows, batch.wrd, strict=True)
         found.sort(key=lambda one: one[0])
-        frames = sum(len(row) for _, row, _ in found)
-        allowed = 60 * self.hparams.lm_minutes * self.encoder.frame_rate
-        found = found[:: max(1, math.ceil(frames / allowed))]
         return [row for _, row, _ in found], [text for _, _, text in found]
 
     def choose_weights(
@@ -170,31 +173,41 @@ class CTCBrain(SSLBrain):
         """
         kind, name = self.hparams.lm, "wer" if self.hparams.select_by == "wer" else "cer"
         pairs = itertools.product(self.hparams.lm_alpha, self.hparams.lm_beta)
+        beam_size = self.hparams.lm_beam
+
+        def search_with(alpha: float, beta: float) -> Fused:  # anew each time: it fills up memory
+            return Fused(self.lm, kind, self.units, alpha, beta, beam_size)
+
         found = []
         for alpha, beta in [(0.0, 0.0), *pairs]:
-            search = Fused(self.lm, kind, self.units, alpha, beta, self.hparams.lm_beam)
+            search = search_with(alpha, beta)
             texts = [search(row[None], torch.ones(1))[0] for row in outputs]
             rates = error_rates(references, texts)
             logger.info(f"language model on dev, alpha {alpha:g}, beta {beta:g}: {rates}")
-            found.append((rates, {"alpha": alpha, "beta": beta}, search))
-        rates, weights, best = min(found, key=lambda one: one[0][name])  # the first of equal ones
-        without, _, beam = found[0]
+            found.append((rates, {"alpha": alpha, "beta": beta}))
+        rates, weights = min(found, key=lambda one: one[0][name])  # the first of equal ones
         self.about["lm"] = {
             "kind": kind,
             "order": self.lm.top_order,
             "text": None if self.hparams.lm_text is None else str(self.hparams.lm_text),
             **weights,
+            "beam": beam_size,
             "dev_utterances": len(references),
             "dev": rates,
-            "dev_beam": without,
+            "dev_beam": found[0][0],
         }
-        if weights["alpha"] and if_main_process():  # what an export takes along
-            write_arpa(self.lm, Path(self.hparams.output_folder) / FILE)
-        return {"beam": beam, "lm": best}
+        return {"beam": search_with(0.0, 0.0), "lm": search_with(**weights)}
 
     def results(self, test: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """Everything that ``results.json`` holds."""
         return super().results(test) | self.about
+
+
+def some_of(dataset: DynamicItemDataset, minutes: float) -> DynamicItemDataset:
+    """Every second, third ... utterance in the order of their IDs: no more speech than allowed."""
+    seconds = sum(float(dataset.data[name]["duration"]) for name in dataset.data_ids)
+    every = max(1, math.ceil(seconds / (60 * minutes)))
+    return FilteredSortedDynamicItemDataset(dataset, sorted(dataset.data_ids)[::every])
 
 
 def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
@@ -259,7 +272,7 @@ def train_ctc(
     )
     if hparams["start_from"] is not None:
         brain.about["start_from"] = start_from(brain.trained, units, hparams["start_from"])
-    keep(hparams, brain.test_only)
+    keep(hparams, {"train": train_set, "dev": dev_set}, brain.test_only)
     if if_main_process():
         units.save(Path(hparams["output_folder"]) / "units")
     everything = [train_set, dev_set, *test_sets.values()]
@@ -268,5 +281,7 @@ def train_ctc(
     for dataset in everything:
         add_ctc_items(dataset, units, encoder.minimum_samples, cache)
     train_set = drop_unalignable(train_set, units, encoder.count_frames)
-    brain.lm, brain.dev_loader = lm, evaluation_loader(dev_set, hparams)
+    if lm is not None:
+        brain.lm = lm
+        brain.dev_loader = evaluation_loader(some_of(dev_set, hparams["lm_minutes"]), hparams)
     return train_and_test(brain, hparams, train_set, dev_set, test_sets)

@@ -1,5 +1,7 @@
 """What the jobs of all tasks share: modules, loaders, and the way from training to results."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import speechbrain as sb
 import torch
 from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.distributed import if_main_process
 from torch import nn
 from torch.utils.data import DataLoader
@@ -51,17 +54,33 @@ def build_modules(hparams: Mapping[str, Any], **head_sizes: Any) -> dict[str, nn
     return {"encoder": encoder, "fusion": fusion, "masking": hparams["masking"], "head": head}
 
 
-def keep(hparams: Mapping[str, Any], test_only: bool = False, **files: str) -> None:
+def keep(
+    hparams: Mapping[str, Any],
+    data: Mapping[str, DynamicItemDataset],
+    test_only: bool = False,
+    **files: str,
+) -> None:
     """Write the merged settings as ``config.yaml``, and other files, into the output folder.
+
+    Arguments
+    ---------
+    hparams : Mapping[str, Any]
+    data : Mapping[str, DynamicItemDataset]
+        What it is trained on and chosen by; ``data.json`` has a hash of each.
+    test_only : bool
+    **files : str
+        Texts by name.
 
     Raises
     ------
     ValueError
-        The folder has a checkpoint of a run with other settings, which would be continued, or
-        tested, as if it had these.
+        The folder has a checkpoint of a run with other settings or data, which would be continued,
+        or tested, as if it had these.
     """
     folder = Path(hparams["output_folder"])
-    if any(folder.glob("save/CKPT*")) and (folder / "config.yaml").is_file():
+    found = {part: _described(dataset) for part, dataset in data.items()}
+    begun = any(folder.glob("save/CKPT*"))
+    if begun and (folder / "config.yaml").is_file():
         old = (folder / "config.yaml").read_text(encoding="utf-8")
         may_change = (*MAY_CHANGE, *(BATCHES if test_only else ()))
         changed = [
@@ -74,9 +93,28 @@ def keep(hparams: Mapping[str, Any], test_only: bool = False, **files: str) -> N
                 f"{folder} holds a run with {', '.join(changed)}; choose another --output_folder, "
                 "or delete that one to start anew"
             )
+    if begun and (folder / "data.json").is_file():
+        before = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        for part in found.keys() & before.keys():
+            if found[part] != before[part]:
+                then, now = (which[part]["utterances"] for which in (before, found))
+                raise ValueError(
+                    f"{folder} holds a run on other data: {part} had {then} utterances, now it has "
+                    f"{now}{', not all the same' if then == now else ''}; choose another "
+                    "--output_folder, or delete that one to start anew"
+                )
     if if_main_process():
-        for name, text in {"config.yaml": hparams["config"], **files}.items():
+        files |= {"config.yaml": hparams["config"], "data.json": json.dumps(found, indent=1) + "\n"}
+        for name, text in files.items():
             write_atomically(folder / name, text)
+
+
+def _described(dataset: DynamicItemDataset) -> dict[str, Any]:
+    # Where a recording lies is not what it is: data may be moved.
+    rows = ({k: v for k, v in dataset.data[n].items() if k != "wav"} for n in dataset.data_ids)
+    pairs = sorted(zip(dataset.data_ids, map(repr, rows), strict=True))
+    digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+    return {"utterances": len(pairs), "content": digest}
 
 
 def train_and_test(

@@ -250,7 +250,7 @@ def train_speaker(
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    keep(hparams, brain.test_only)
+    keep(hparams, {"train": train_set, "dev": evaluated["dev"]}, brain.test_only)
     encoder = modules["encoder"]
     vary_speed(train_set, hparams)
     as_they_are = [*evaluated.values()]

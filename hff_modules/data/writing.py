@@ -21,8 +21,9 @@ logger = get_logger(__name__)
 WITHOUT_SPACES = ("HAN AND KANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 MAIN_SHARE = 0.05  # of a language's letters: a script with fewer is no script of the language
 DOTLESS = ("tr", "az", "crh", "gag")  # languages whose lower case of I is a letter of its own
-FINAL_APOSTROPHE = ("mt",)  # languages in which it ends words, as a letter does: ta', jista'
+FINAL_APOSTROPHE = ("mt", "uz")  # languages in which it ends words, as a letter does: ta', tog'
 
+LETTER_APOSTROPHE = "\u02bc"  # to Unicode, a letter: no quotation marks look so
 APOSTROPHES = "'\u2019\u2018\u201b\u02bc\u00b4`\u2032\u05f3"
 ZWNJ, ZWJ = "\u200c", "\u200d"
 TATWEEL = "\u0640"
@@ -102,8 +103,9 @@ class Writing:
         """Text of a sentence: composed, lower case, no punctuation.
 
         An apostrophe (in one form) or a middle dot stays between two letters of a script with
-        spaces, an apostrophe in some languages at the end of a word, too; hyphens, dashes and
-        everything else that is no letter, mark or number become spaces.
+        spaces, an apostrophe in some languages at the end of a word, too, and U+02BC, to Unicode a
+        letter, at both ends; hyphens, dashes and everything else that is no letter, mark or number
+        become spaces.
         Numbers and signs that are read out stay, see :meth:`problem`.
 
         Arguments
@@ -139,9 +141,11 @@ class Writing:
         kind = unicodedata.category(character)
         if character in APOSTROPHES or character == "·":
             sign = "·" if character == "·" else "'"
-            may_end = self.final_apostrophe and sign == "'"
-            inside = _is_word(before) and (_is_word(after) or may_end)
-            return sign if inside and self.has_spaces else " "
+            starts, ends = _is_word(after), _is_word(before)  # a word, or goes on with it
+            letter = character == LETTER_APOSTROPHE
+            may_end = letter or (self.final_apostrophe and sign == "'")
+            stays = (ends and (starts or may_end)) or (starts and letter)
+            return sign if stays and self.has_spaces else " "
         stray = kind[0] == "M" and not _is_word(before) and before not in (ZWNJ, ZWJ)
         if character == TATWEEL or character in INSIDE or stray:
             return ""
@@ -299,7 +303,11 @@ def _judge_shared(parts: dict[str, dict[str, str]], drop: bool, name: str) -> No
 
 
 def clean_text_file(
-    text: str | Path | None, target: str | Path, manifests: Iterable[str | Path], language: str
+    text: str | Path | None,
+    target: str | Path,
+    manifests: Iterable[str | Path],
+    language: str,
+    keep_harakat: bool = False,
 ) -> str | Path | None:
     """Clean a text for a language model, by rules found in the training transcripts.
 
@@ -313,6 +321,8 @@ def clean_text_file(
         Of the training part.
     language : str
         Its code.
+    keep_harakat : bool
+        See :class:`Writing`.
 
     Returns
     -------
@@ -322,7 +332,7 @@ def clean_text_file(
     if text is None or str(text).endswith(".arpa"):
         return text
     texts = [row["wrd"] for csv in manifests for row in read_rows(csv, "").values()]
-    writing = writing_of(texts, str(language))
+    writing = writing_of(texts, str(language), keep_harakat)
     with open(text, encoding="utf-8-sig") as file:
         cleaned = [writing.clean(line) for line in file]
     kept = [line for line in cleaned if writing.problem(line) is None]

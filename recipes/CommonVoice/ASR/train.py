@@ -40,9 +40,9 @@ def main(argv: list[str]) -> dict:
     options["save_folder"] = output_folder / "manifests"
     manifests = run_on_main(prepare_commonvoice, kwargs=options)
     train = [parts["train"] for parts in manifests.values()]
+    rules = [hparams["language"], hparams["keep_harakat"]]
     hparams["lm_text"] = run_on_main(
-        clean_text_file,
-        args=[hparams["lm_text"], output_folder / "lm_text.txt", train, hparams["language"]],
+        clean_text_file, args=[hparams["lm_text"], output_folder / "lm_text.txt", train, *rules]
     )
     return train_ctc(
         hparams,

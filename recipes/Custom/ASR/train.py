@@ -31,9 +31,9 @@ def main(argv: list[str]) -> dict | None:
     manifests, data_root = run_on_main(prepare_custom, kwargs=options)
     if hparams["check_only"]:
         return None
-    train, language = [manifests["train"]], hparams["language"]
+    train, rules = [manifests["train"]], [hparams["language"], hparams["keep_harakat"]]
     hparams["lm_text"] = run_on_main(
-        clean_text_file, args=[hparams["lm_text"], output_folder / "lm_text.txt", train, language]
+        clean_text_file, args=[hparams["lm_text"], output_folder / "lm_text.txt", train, *rules]
     )
     return train_ctc(
         hparams,
