@@ -94,6 +94,9 @@ def test_a_finished_run_is_tested_again_and_other_labels_are_refused(job, tones,
     (folder / "saved.csv").write_bytes((folder / "all.csv").read_bytes())
     write_rows(folder / "all.csv", renamed)
     try:
+        with pytest.raises(ValueError, match="on other data: train had .* not all the same"):
+            job(tmp_path)
+        (tmp_path / "data.json").unlink()  # a run from before there was one
         with pytest.raises(CheckpointError, match="task.labels: "):
             job(tmp_path)
     finally:

@@ -185,7 +185,7 @@ def test_the_command_gives_the_score_of_the_run(learned, tones, tmp_path):  # no
 def test_the_language_model_of_the_training_comes_along(learned, tones, tmp_path, capsys):  # noqa: F811
     folder = shutil.copytree(learned[0], tmp_path / "run")
     results = json.loads((folder / "results.json").read_text())
-    results["lm"] = {"kind": "char", "order": 4, "alpha": 3.0, "beta": 1.0, "dev": {}}
+    results["lm"] = {"kind": "char", "order": 4, "alpha": 3.0, "beta": 1.0, "beam": 8}
     (folder / "results.json").write_text(json.dumps(results))
     with pytest.raises(ExportError, match="has no lm.arpa.*--test_only writes it"):
         export(folder, tmp_path / "model")
@@ -198,7 +198,7 @@ def test_the_language_model_of_the_training_comes_along(learned, tones, tmp_path
     for file in files:
         signal = torch.from_numpy(soundfile.read(file, dtype="float32")[0])[None]
         expected += search(model.outputs(*model.states(signal)), torch.ones(1))
-    main([str(tmp_path / "model"), *files, "--lm", "--beam", "8", "--quiet"])
+    main([str(tmp_path / "model"), *files, "--lm", "--quiet"])
     found = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
     assert found == expected != [recognised(folder)[Path(file).stem] for file in files]
     with pytest.raises(ExportError, match="has no language model: it was trained without one"):

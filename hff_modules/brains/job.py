@@ -95,8 +95,8 @@ def keep(
             )
     if begun and (folder / "data.json").is_file():
         before = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-        for part in found.keys() & before.keys():
-            if found[part] != before[part]:
+        for part in found:
+            if found[part] != before.get(part, found[part]):
                 then, now = (which[part]["utterances"] for which in (before, found))
                 raise ValueError(
                     f"{folder} holds a run on other data: {part} had {then} utterances, now it has "
