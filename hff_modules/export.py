@@ -53,7 +53,7 @@ from hff_modules.exported import (
     describe_encoder,
 )
 from hff_modules.files import write_atomically
-from hff_modules.ngram import FILE as LM
+from hff_modules.ngram import LM_FILE
 from hff_modules.source import BUILTIN
 
 CARD = "README.md"
@@ -120,7 +120,7 @@ def export(
         if manifest["task"] == "asr":
             trained.units.save(partial / TOKENIZER)
             if "lm" in manifest:
-                trained.copy_language_model(partial / LM)
+                trained.copy_language_model(partial / LM_FILE)
         elif manifest["task"] == "classification":
             write_atomically(partial / LABELS, _json(trained.labels))
         write_atomically(partial / MANIFEST, _json(manifest))
@@ -282,12 +282,12 @@ class TrainedRun:
 
     def copy_language_model(self, path: Path) -> None:
         """Copy the language model whose weights the run chose."""
-        if not (self.folder / LM).is_file():
+        if not (self.folder / LM_FILE).is_file():
             raise ExportError(
-                f"{self.folder} has no {LM}, though its results.json names a language model; the "
-                "same training command with --test_only writes it"
+                f"{self.folder} has no {LM_FILE}, though its results.json names a language model; "
+                "the same training command with --test_only writes it"
             )
-        shutil.copyfile(self.folder / LM, path)
+        shutil.copyfile(self.folder / LM_FILE, path)
 
     def merge(self, folder: Path) -> dict[str, Any]:
         """Fold the adapters into the base encoder, write that; gives what changes in ``hff.json``.

@@ -33,8 +33,7 @@ from hff_modules.cache import as_stored
 from hff_modules.checkpoint import CheckpointError, read_tensors
 from hff_modules.data.text import load_units
 from hff_modules.encoder import SSLEncoder
-from hff_modules.ngram import FILE as LM
-from hff_modules.ngram import Fused, load_arpa
+from hff_modules.ngram import LM_FILE, Fused, load_arpa
 
 FORMAT = 1
 MANIFEST, TENSORS = "hff.json", "trained.safetensors"
@@ -43,7 +42,7 @@ FILES = [
     MANIFEST,
     TENSORS,
     LABELS,
-    LM,
+    LM_FILE,
     f"{TOKENIZER}/*",
     f"{PACKED}/*.json",
     f"{PACKED}/*.safetensors",
@@ -315,7 +314,7 @@ class Exported(nn.Module):
         ExportError
             It was trained without one, or with one that made dev worse; or the file is damaged.
         """
-        chosen, path = self.manifest.get("lm"), self.folder / LM
+        chosen, path = self.manifest.get("lm"), self.folder / LM_FILE
         if chosen is None:
             raise ExportError(
                 f"{self.folder} has no language model: it was trained without one (--lm char), or "
@@ -324,7 +323,9 @@ class Exported(nn.Module):
         try:
             lm = load_arpa(path)
         except FileNotFoundError:
-            raise ExportError(f"{self.folder} has no {LM}: not a whole exported model") from None
+            raise ExportError(
+                f"{self.folder} has no {LM_FILE}: not a whole exported model"
+            ) from None
         except ValueError as error:
             raise ExportError(str(error)) from None
         weights = {key: chosen[key] for key in ("alpha", "beta")}

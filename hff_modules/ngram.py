@@ -24,7 +24,7 @@ from hff_modules.data.text import SPACE, Units, normalize
 from hff_modules.files import open_atomically
 
 KINDS = ("char", "word")
-FILE = "lm.arpa"  # in the folder of a run, and of an exported model
+LM_FILE = "lm.arpa"  # in the folder of a run, and of an exported model
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 SPACE_TOKEN = "\u2581"  # the space among characters, in ARPA files
 SPACE_UNIT = "\u2423"  # the space in the search's texts: to it, a sentence is one word

@@ -15,17 +15,6 @@ from hff_modules.families import FAMILIES, Family, LogMelFamily
 
 BUILTIN = Path(__file__).parent / "pretrained" / "conformer-small"
 
-# Entries of config.json that change the states but no tensor: weights alone would not tell two such
-# encoders apart, and one would read the states that were stored of the other.
-_BESIDE_WEIGHTS = (
-    *("model_type", "hidden_act", "activation_function", "layer_norm_eps", "num_attention_heads"),
-    *("encoder_attention_heads", "do_stable_layer_norm", "position_embeddings_type"),
-    *("left_max_position_embeddings", "right_max_position_embeddings", "rotary_embedding_base"),
-    *("max_source_positions", "max_bucket_distance", "scale_embedding"),
-    *("feat_extract_norm", "feat_extract_activation", "conv_stride"),
-    "num_conv_pos_embedding_groups",
-)
-
 
 def load_family(source: str, pretrained: bool, revision: str | None, seed: int) -> Family:
     """Load an encoder; arguments as in :class:`hff_modules.SSLEncoder`.
@@ -133,8 +122,8 @@ def fingerprints(family: Family) -> list[str]:
     # Above the layers, so the last layer's business; nothing is left of it where that is cut off.
     norm = family.final_norm.state_dict(keep_vars=True) if family.final_norm is not None else {}
     outside = {n: t for n, t in outside.items() if not any(t is own for own in norm.values())}
-    config = {key: getattr(family.model.config, key, None) for key in _BESIDE_WEIGHTS}
-    hashes = [hash_tensors(outside, json.dumps([family.preprocessor, config], sort_keys=True))]
+    settings = json.dumps([family.preprocessor, family.settings], sort_keys=True)
+    hashes = [hash_tensors(outside, settings)]
     hashes += [hash_tensors(layer.state_dict()) for layer in family.layers]
     if norm:
         hashes[-1] = hash_tensors(norm, hashes[-1])

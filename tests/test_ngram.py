@@ -6,9 +6,11 @@ import random
 
 import pytest
 import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.decoders.ctc import CTCBeamSearcher
 
 from hff_modules import ngram
+from hff_modules.brains.ctc import some_of
 from hff_modules.data import CharUnits, SentencePieceUnits
 from hff_modules.ngram import (
     END,
@@ -196,6 +198,13 @@ def test_long_texts_are_scored_after_memory_is_cleared(monkeypatch):
     monkeypatch.setattr(ngram, "MOST_KNOWN", 5)
     assert scorer.score_partial_token(text + "s") < expected
     assert scorer.score_partial_token(text) == pytest.approx(expected)
+
+
+def test_weights_are_chosen_on_no_more_of_dev_than_allowed():
+    durations = {f"u{n:02}": {"duration": str(6.0)} for n in range(30)}  # three minutes
+    dataset = DynamicItemDataset(durations)
+    assert some_of(dataset, 3).data_ids == sorted(durations)
+    assert some_of(dataset, 1).data_ids == sorted(durations)[::3]
 
 
 def test_the_command_line_writes_a_model_that_a_run_can_use(tmp_path):

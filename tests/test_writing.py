@@ -12,10 +12,12 @@ from hff_modules.data.writing import (
     OTHER_SCRIPT,
     Writing,
     clean_parts,
+    clean_text_file,
     describe_units,
     script_of,
     writing_of,
 )
+from tests.corpora import write_table
 
 LATIN, ARABIC, MALAYALAM = Writing(("LATIN",)), Writing(("ARABIC",)), Writing(("MALAYALAM",))
 
@@ -104,6 +106,19 @@ def test_an_apostrophe_ends_words_where_it_is_spelled():
     letters = "\u02bcYan \u02bc Tog\u02bc va, \u02bcbog\u02bc"  # as Hausa begins words
     assert writing_of(sentences, "ha").clean(letters) == "'yan tog' va 'bog'"
     assert writing_of(sentences, "uz").clean("Tog\u2018 va \u2018bog'") == "tog' va bog'"
+
+
+def test_a_text_for_a_language_model_keeps_the_marks_that_transcripts_keep(tmp_path):
+    write_table(
+        tmp_path / "train.csv",
+        ["ID", "duration", "wav", "spk_id", "wrd"],
+        [["a", "1.0", "a.wav", "", "كَتَبَ"]],
+    )
+    (tmp_path / "text.txt").write_text("كَتَبَ!\n")
+    for keep, expected in ((True, "كَتَبَ\n"), (False, "كتب\n")):
+        target = tmp_path / f"{keep}.txt"
+        given = [tmp_path / "text.txt", target, [tmp_path / "train.csv"], "ar", keep]
+        assert clean_text_file(*given) == target and target.read_text() == expected
 
 
 def test_what_is_left_out_is_counted():

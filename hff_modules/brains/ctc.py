@@ -31,8 +31,7 @@ from hff_modules.data.loading import (
 from hff_modules.data.speed import vary_speed
 from hff_modules.data.text import Units, build_units
 from hff_modules.files import write_atomically
-from hff_modules.ngram import FILE as LM
-from hff_modules.ngram import Fused, model_for, write_arpa
+from hff_modules.ngram import LM_FILE, Fused, model_for, write_arpa
 from hff_modules.probes import CTCTask
 from hff_modules.warm_start import start_from
 
@@ -147,7 +146,7 @@ class CTCBrain(SSLBrain):
         self.searches = self.choose_weights(*self._outputs_on_dev())
         found = super().test(test_sets)
         if self.about["lm"]["alpha"] and if_main_process():  # what an export takes along
-            write_arpa(self.lm, Path(self.hparams.output_folder) / LM)
+            write_arpa(self.lm, Path(self.hparams.output_folder) / LM_FILE)
         return found
 
     def _outputs_on_dev(self) -> tuple[list[torch.Tensor], list[str]]:

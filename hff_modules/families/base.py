@@ -19,6 +19,17 @@ from torch import nn
 from hff_modules.families.attention import HOOKED, KeyValueHook, has_hooks
 from hff_modules.frontend import valid_mask
 
+# Entries of config.json that change the states but no tensor: weights alone would not tell two such
+# encoders apart, and one would read the states that were stored of the other.
+_BESIDE_WEIGHTS = (
+    *("model_type", "hidden_act", "activation_function", "layer_norm_eps", "num_attention_heads"),
+    *("encoder_attention_heads", "do_stable_layer_norm", "position_embeddings_type"),
+    *("left_max_position_embeddings", "right_max_position_embeddings", "rotary_embedding_base"),
+    *("max_source_positions", "max_bucket_distance", "scale_embedding"),
+    *("feat_extract_norm", "feat_extract_activation", "conv_stride"),
+    "num_conv_pos_embedding_groups",
+)
+
 
 @dataclass
 class LayerCall:
@@ -143,6 +154,11 @@ class Family:
     def hidden_size(self) -> int:
         """Width of the states."""
         return self.model.config.hidden_size
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of ``config.json`` changes the states but no tensor."""
+        return {key: getattr(self.model.config, key, None) for key in _BESIDE_WEIGHTS}
 
     @property
     def never_trained(self) -> list[nn.Module]:
