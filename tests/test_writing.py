@@ -105,6 +105,9 @@ def test_an_apostrophe_ends_words_where_it_is_spelled():
     assert writing_of(sentences, "it").clean("'Un po'' di") == "un po di"
     letters = "\u02bcYan \u02bc Tog\u02bc va, \u02bcbog\u02bc"  # as Hausa begins words
     assert writing_of(sentences, "ha").clean(letters) == "'yan tog' va 'bog'"
+    quoted = "'Yan, 'ya'ya: 'sannu' da ƴa"  # sannu is quoted
+    assert writing_of(sentences, "ha").clean(quoted) == "'yan 'ya'ya sannu da ƴa"
+    assert writing_of(sentences, "fr").clean("'yan") == "yan"
     assert writing_of(sentences, "uz").clean("Tog\u2018 va \u2018bog'") == "tog' va bog'"
 
 

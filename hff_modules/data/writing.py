@@ -22,6 +22,7 @@ WITHOUT_SPACES = ("HAN AND KANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 MAIN_SHARE = 0.05  # of a language's letters: a script with fewer is no script of the language
 DOTLESS = ("tr", "az", "crh", "gag")  # languages whose lower case of I is a letter of its own
 FINAL_APOSTROPHE = ("mt", "uz")  # languages in which it ends words, as a letter does: ta', tog'
+INITIAL_APOSTROPHE = {"ha": "y"}  # and begins them, before these letters: 'yan
 
 LETTER_APOSTROPHE = "\u02bc"  # to Unicode, a letter: no quotation marks look so
 APOSTROPHES = "'\u2019\u2018\u201b\u02bc\u00b4`\u2032\u05f3"
@@ -78,6 +79,8 @@ class Writing:
         I and ı are one letter, İ and i another.
     final_apostrophe : bool
         Keep an apostrophe at the end of a word.
+    initial_apostrophe : str
+        Letters before which an apostrophe is kept at the beginning of a word, too.
     keep_harakat : bool
         Keep the vowel marks of Arabic script.
 
@@ -92,6 +95,7 @@ class Writing:
     scripts: tuple[str, ...]
     dotless: bool = False
     final_apostrophe: bool = False
+    initial_apostrophe: str = ""
     keep_harakat: bool = False
 
     @property
@@ -103,7 +107,7 @@ class Writing:
         """Text of a sentence: composed, lower case, no punctuation.
 
         An apostrophe (in one form) or a middle dot stays between two letters of a script with
-        spaces, an apostrophe in some languages at the end of a word, too, and U+02BC, to Unicode a
+        spaces, an apostrophe in some languages at an end of a word, too, and U+02BC, to Unicode a
         letter, at both ends; hyphens, dashes and everything else that is no letter, mark or number
         become spaces.
         Numbers and signs that are read out stay, see :meth:`problem`.
@@ -144,7 +148,8 @@ class Writing:
             starts, ends = _is_word(after), _is_word(before)  # a word, or goes on with it
             letter = character == LETTER_APOSTROPHE
             may_end = letter or (self.final_apostrophe and sign == "'")
-            stays = (ends and (starts or may_end)) or (starts and letter)
+            may_begin = letter or (after in tuple(self.initial_apostrophe) and sign == "'")
+            stays = (ends and (starts or may_end)) or (starts and may_begin)
             return sign if stays and self.has_spaces else " "
         stray = kind[0] == "M" and not _is_word(before) and before not in (ZWNJ, ZWJ)
         if character == TATWEEL or character in INSIDE or stray:
@@ -219,7 +224,13 @@ def writing_of(sentences: Iterable[str], language: str = "", keep_harakat: bool 
     most = sum(counts.values())
     scripts = tuple(name for name, count in counts.most_common() if count >= MAIN_SHARE * most)
     code = language.replace("_", "-").split("-")[0].lower()
-    return Writing((*scripts, "MODIFIER"), code in DOTLESS, code in FINAL_APOSTROPHE, keep_harakat)
+    return Writing(
+        (*scripts, "MODIFIER"),
+        dotless=code in DOTLESS,
+        final_apostrophe=code in FINAL_APOSTROPHE,
+        initial_apostrophe=INITIAL_APOSTROPHE.get(code, ""),
+        keep_harakat=keep_harakat,
+    )
 
 
 def clean_parts(
