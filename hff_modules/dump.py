@@ -29,7 +29,8 @@ from hff_modules.cli import run
 from hff_modules.data.audio import AudioError, audio_info, read_audio
 from hff_modules.data.manifest import read_rows
 from hff_modules.encoder import SSLEncoder
-from hff_modules.exported import MANIFEST, load_exported
+from hff_modules.export_format import MANIFEST
+from hff_modules.exported import load_exported
 from hff_modules.files import write_atomically
 from hff_modules.layers import LayerSpec
 from hff_modules.recordings import (

@@ -3,7 +3,7 @@
     python -m hff_modules.export results/spoken/fusion/1986 my_model/
     python -m hff_modules.export results/... my_model/ --license cc-by-4.0 --push me/my_model
 
-The folder's format is described in :mod:`hff_modules.exported`. The base encoder is named by hub
+The folder's format is described in :mod:`hff_modules.export_format`. The base encoder is named by hub
 name and revision; ``--pack`` puts it beside, ``--merge`` folds LoRA, or parameters of the encoder's
 own that were trained, into it: ``my_model/encoder`` is then a plain Hugging Face folder.
 """
@@ -40,8 +40,7 @@ from hff_modules.checkpoint import (
 from hff_modules.cli import run
 from hff_modules.data.text import load_units
 from hff_modules.encoder import SSLEncoder
-from hff_modules.export_texts import COUNTS, card, hyperparams
-from hff_modules.exported import (
+from hff_modules.export_format import (
     FORMAT,
     LABELS,
     MANIFEST,
@@ -49,9 +48,10 @@ from hff_modules.exported import (
     TENSORS,
     TOKENIZER,
     ExportError,
-    build,
     describe_encoder,
 )
+from hff_modules.export_texts import COUNTS, card, hyperparams
+from hff_modules.exported import build
 from hff_modules.files import write_atomically
 from hff_modules.ngram import LM_FILE
 from hff_modules.source import BUILTIN

@@ -7,7 +7,7 @@ from typing import Any
 
 import ruamel.yaml
 
-from hff_modules.exported import MANIFEST, TENSORS
+from hff_modules.export_format import MANIFEST, TENSORS
 
 COUNTS = ("trainable_encoder_parameters", "trainable_parameters", "total_parameters")
 

@@ -14,15 +14,8 @@ from speechbrain.utils.parameter_transfer import Pretrainer
 from torch import nn
 
 from hff_modules.data.text import MODEL_FILE, CharUnits
-from hff_modules.exported import (
-    LABELS,
-    TOKENIZER,
-    Exported,
-    ExportError,
-    find_folder,
-    load_exported,
-    read_json,
-)
+from hff_modules.export_format import LABELS, TOKENIZER, ExportError, find_folder, read_json
+from hff_modules.exported import Exported, load_exported
 
 CERTAIN = -1e4  # log probability of what is ruled out
 

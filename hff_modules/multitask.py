@@ -14,16 +14,8 @@ import torch
 from hff_modules import adapters
 from hff_modules.cache import as_stored
 from hff_modules.encoder import SSLEncoder
-from hff_modules.exported import (
-    Exported,
-    ExportError,
-    base_encoder,
-    describe_encoder,
-    find_folder,
-    load_exported,
-    only,
-    read_manifest,
-)
+from hff_modules.export_format import ExportError, describe_encoder, find_folder, read_manifest
+from hff_modules.exported import Exported, base_encoder, load_exported, only
 
 
 class MultiTask:

@@ -25,7 +25,7 @@ import torchaudio
 
 from hff_modules import cli
 from hff_modules.batching import Batcher
-from hff_modules.exported import TASKS, find_folder, read_manifest
+from hff_modules.export_format import TASKS, find_folder, read_manifest
 from hff_modules.frontend import SAMPLE_RATE
 from hff_modules.multitask import MultiTask
 

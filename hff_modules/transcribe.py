@@ -31,7 +31,8 @@ from hff_modules.cli import run
 from hff_modules.data.audio import AudioError, read_audio
 from hff_modules.data.loading import needed_frames
 from hff_modules.data.text import Units
-from hff_modules.exported import Exported, ExportError, load_exported
+from hff_modules.export_format import ExportError
+from hff_modules.exported import Exported, load_exported
 from hff_modules.files import open_atomically
 from hff_modules.recordings import (
     SAMPLE_RATE,

@@ -22,7 +22,8 @@ from hff_modules.config import load_config
 from hff_modules.data.loading import read_speech
 from hff_modules.data.manifest import COLUMNS, write_manifest
 from hff_modules.export import export, main, push
-from hff_modules.exported import ExportError, load_exported
+from hff_modules.export_format import ExportError
+from hff_modules.exported import load_exported
 from hff_modules.heads import LinearHead
 from tests.test_training import arguments, make_speech
 

@@ -6,7 +6,8 @@ import torch
 from hff_modules import HierarchicalFusion, SSLEncoder, adapters
 from hff_modules.checkpoint import write_tensors
 from hff_modules.data import CharUnits
-from hff_modules.exported import ExportError, load_exported
+from hff_modules.export_format import ExportError
+from hff_modules.exported import load_exported
 from hff_modules.heads import LinearHead, PooledClassifier, SpeakerHead
 from hff_modules.multitask import MultiTask
 from tests.conftest import FAMILIES

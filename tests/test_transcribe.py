@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from hff_modules.data import CharUnits
 from hff_modules.export import export
-from hff_modules.exported import ExportError, load_exported
+from hff_modules.export_format import ExportError
+from hff_modules.exported import load_exported
 from hff_modules.ngram import Fused, tokens, train_ngram, write_arpa
 from hff_modules.recordings import Recording
 from hff_modules.transcribe import (
