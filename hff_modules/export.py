@@ -3,9 +3,9 @@
     python -m hff_modules.export results/spoken/fusion/1986 my_model/
     python -m hff_modules.export results/... my_model/ --license cc-by-4.0 --push me/my_model
 
-The folder's format is described in :mod:`hff_modules.export_format`. The base encoder is named by hub
-name and revision; ``--pack`` puts it beside, ``--merge`` folds LoRA, or parameters of the encoder's
-own that were trained, into it: ``my_model/encoder`` is then a plain Hugging Face folder.
+:mod:`hff_modules.export_format` describes the folder. The base encoder is named by hub name and
+revision; ``--pack`` puts it beside, ``--merge`` folds LoRA, or parameters of the encoder's own that
+were trained, into it: ``my_model/encoder`` is then a plain Hugging Face folder.
 """
 
 import argparse

@@ -1,9 +1,11 @@
 """Tables in READMEs from ``results.json`` files: gathered and written by command, never typed.
 
     python -m hff_modules.tables collect results/librispeech measured.json
+    python -m hff_modules.tables add results/compare/methods/runs.json measured.json
     python -m hff_modules.tables write README.md
 
-``collect`` gathers the results of all runs below a folder. ``write`` fills every block between
+``collect`` gathers the results of all runs below a folder. ``add`` adds the runs of a comparison to
+a file: those of other seeds or rows, from another machine, say. ``write`` fills every block between
 ``<!-- table: measured.json -->`` and ``<!-- end of table -->`` in a Markdown file from the file
 that it names (beside the Markdown file), runs that differ in their seed only as mean ± spread. A
 block may choose its columns: ``<!-- table: measured.json | method | dev CER % -->``.
@@ -73,6 +75,48 @@ def collect(folder: str | Path, target: str | Path) -> list[dict]:
         raise FileNotFoundError(f"there is no results.json of a tested run below {folder}")
     runs = [run for _, run in found.values()]
     runs.sort(key=lambda run: (run["method"], run["encoder"], run["layers"], run["seed"]))
+    write_atomically(target, json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
+    return runs
+
+
+def add(source: str | Path, target: str | Path) -> list[dict]:
+    """Add the runs of a file to those of another, in which they are not yet.
+
+    Arguments
+    ---------
+    source : str | Path
+        JSON file: a list of results.
+    target : str | Path
+        JSON file, made if it is not there.
+
+    Returns
+    -------
+    list[dict]
+        All of them; a run that failed gives way to the same one that did not.
+
+    Raises
+    ------
+    ValueError
+        A run is in both with other results.
+    """
+    source, target = Path(source), Path(target)
+    files = [target, source] if target.is_file() else [source]
+    found: dict[str, dict] = {}
+    for path in files:
+        for run in json.loads(path.read_text(encoding="utf-8")):
+            same = json.dumps([_identity(run), run["seed"], run.get("fold")])
+            before = found.get(same, run)
+            if "failed" in run:
+                found[same] = before
+            elif "failed" in before or before == run:
+                found[same] = run
+            else:
+                name = run.get("label") or run["method"]
+                raise ValueError(
+                    f"{source} and {target} both have {name}, {_which(run)}, with other results; "
+                    "delete one of them"
+                )
+    runs = list(found.values())
     write_atomically(target, json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
     return runs
 
@@ -338,17 +382,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     gather = commands.add_parser("collect", help="gather results.json files into one")
     gather.add_argument("folder")
     gather.add_argument("target")
+    join = commands.add_parser("add", help="add the runs of a file to another")
+    join.add_argument("source", help="such as runs.json of a comparison")
+    join.add_argument("target")
     fill = commands.add_parser("write", help="fill the tables of Markdown files")
     fill.add_argument("files", nargs="+")
     options = parser.parse_args(argv)
-    if options.command == "collect":
-        runs = collect(options.folder, options.target)
-        print(f"{len(runs)} runs in {options.target}")
-        print(markdown(runs))
-    else:
+    if options.command == "write":
         for file in options.files:
             write(file)
             print(f"{file} is up to date")
+        return
+    if options.command == "collect":
+        runs = collect(options.folder, options.target)
+    else:
+        runs = add(options.source, options.target)
+    print(f"{len(runs)} runs in {options.target}")
+    print(markdown(runs))
 
 
 if __name__ == "__main__":

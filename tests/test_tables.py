@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from hff_modules.tables import collect, filled, main, markdown
+from hff_modules.tables import add, collect, filled, main, markdown
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,6 +49,24 @@ def test_results_are_gathered_and_written_between_the_marks(tmp_path, capsys):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| 40.0 ± 0.0 |" in text and "2 runs in" in capsys.readouterr().out
     assert filled(text, tmp_path) == text
+
+
+def test_runs_of_other_seeds_and_machines_are_added_once(tmp_path, capsys):
+    first, second, target = (tmp_path / name for name in ("first.json", "second.json", "all.json"))
+    failed = {"method": "tpa", "label": "tpa", "seed": 1, "failed": "out of memory"}
+    first.write_text(json.dumps([run(cer=40.0), failed]))
+    done = run("tpa", cer=36.0, label="tpa")
+    second.write_text(json.dumps([run(cer=40.0), run(seed=2, cer=44.0), done]))
+    main(["add", str(first), str(target)])
+    main(["add", str(second), str(target)])
+    main(["add", str(first), str(target)])  # again: nothing new, and what failed is done by now
+    assert "3 runs in" in capsys.readouterr().out
+    assert json.loads(target.read_text()) == [run(cer=40.0), done, run(seed=2, cer=44.0)]
+    before = target.read_text()
+    second.write_text(json.dumps([run(seed=2, cer=45.0)]))
+    with pytest.raises(ValueError, match="both have fusion, seed 2, with other results"):
+        add(second, target)
+    assert target.read_text() == before
 
 
 def test_a_block_may_choose_its_columns(tmp_path):
