@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hff_modules.brains import CTCBrain, train_ctc
+from hff_modules.brains.head_first import HeadFirst
 from hff_modules.config import METHODS, load_config
 from hff_modules.data import CharUnits
 from hff_modules.data.loading import drop_unalignable, needed_frames, read_speech
@@ -222,7 +223,14 @@ def test_a_finished_run_can_be_tested_again_without_training(job, tmp_path):
     assert first["dev"] == {name: best[name] for name in ("loss", "wer", "cer")}
 
 
-def test_test_sets_stay_untouched_until_asked_for(job, tmp_path):
+def test_test_sets_stay_untouched_until_asked_for(job, tmp_path, monkeypatch):
+    stored, filled_cache = [], HeadFirst.filled_cache
+
+    def noted(head_first, hparams, datasets):
+        stored.append(len(datasets))
+        return filled_cache(head_first, hparams, datasets)
+
+    monkeypatch.setattr(HeadFirst, "filled_cache", noted)
     options = ["--layers", "[2, 4]", "--number_of_epochs", "1"]
     compared = job(tmp_path / "tried", *options, "--testing", "false")
     assert compared["test"] == {} and compared["dev"]["cer"] >= 0
@@ -230,6 +238,7 @@ def test_test_sets_stay_untouched_until_asked_for(job, tmp_path):
     chosen = job(tmp_path / "tried", *options, "--test_only")
     whole = job(tmp_path / "whole", *options)
     assert chosen["test"] == whole["test"] and chosen["dev"] == compared["dev"]
+    assert stored == [2, 3, 3]  # nor are their states stored
 
 
 def test_testing_without_a_checkpoint_is_refused(job, tmp_path):

@@ -325,10 +325,8 @@ class SSLBrain(sb.Brain):
             load_state(self.meter, latest.paramfiles["meter"], True)
 
     def test(self, test_sets: Mapping[str, DataLoader]) -> dict[str, dict[str, float]]:
-        """Score the best checkpoint on each test set, by name; nothing with ``testing: false``."""
+        """Score the best checkpoint on each test set, by name."""
         results = {}
-        if not getattr(self.hparams, "testing", True):
-            return results
         for name, loader in test_sets.items():
             self.test_set = name
             self.evaluate(loader, min_key=self.hparams.select_by)

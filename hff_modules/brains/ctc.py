@@ -21,7 +21,13 @@ from torch.utils.data import DataLoader
 
 from hff_modules.auto_layers import choose_layers
 from hff_modules.brains.base import SSLBrain
-from hff_modules.brains.job import build_modules, evaluation_loader, keep, train_and_test
+from hff_modules.brains.job import (
+    asked_for,
+    build_modules,
+    evaluation_loader,
+    keep,
+    train_and_test,
+)
 from hff_modules.data.loading import (
     add_ctc_items,
     drop_unalignable,
@@ -140,7 +146,7 @@ class CTCBrain(SSLBrain):
 
     def test(self, test_sets: Mapping[str, DataLoader]) -> dict[str, dict[str, float]]:
         """Score the best checkpoint; before, choose a language model's weights on dev."""
-        if self.lm is None or not getattr(self.hparams, "testing", True):
+        if self.lm is None or not test_sets:
             return super().test(test_sets)
         self.on_evaluate_start(min_key=self.hparams.select_by)
         self.searches = self.choose_weights(*self._outputs_on_dev())
@@ -274,6 +280,7 @@ def train_ctc(
     keep(hparams, {"train": train_set, "dev": dev_set}, brain.test_only)
     if if_main_process():
         units.save(Path(hparams["output_folder"]) / "units")
+    test_sets = asked_for(test_sets, hparams)
     everything = [train_set, dev_set, *test_sets.values()]
     vary_speed(train_set, hparams)
     cache = brain.head_first.filled_cache(hparams, everything)

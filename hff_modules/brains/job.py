@@ -117,6 +117,11 @@ def _described(dataset: DynamicItemDataset) -> dict[str, Any]:
     return {"utterances": len(pairs), "content": digest}
 
 
+def asked_for(test_sets: Mapping[str, Any], hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """The test sets; none with ``testing: false``, or their states would be stored for nothing."""
+    return dict(test_sets) if hparams["testing"] else {}
+
+
 def train_and_test(
     brain: SSLBrain, hparams: Mapping[str, Any], train_set, dev_set, test_sets: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from hff_modules.auto_layers import choose_layers
 from hff_modules.brains.base import SSLBrain
-from hff_modules.brains.job import build_modules, evaluation_loader, keep, train_and_test
+from hff_modules.brains.job import asked_for, build_modules, evaluation_loader, keep, train_and_test
 from hff_modules.data.loading import add_label_items, add_signal, read_speech
 from hff_modules.data.speed import vary_speed
 from hff_modules.data.trials import Trial, read_trials
@@ -253,7 +253,9 @@ def train_speaker(
     keep(hparams, {"train": train_set, "dev": evaluated["dev"]}, brain.test_only)
     encoder = modules["encoder"]
     vary_speed(train_set, hparams)
-    as_they_are = [*evaluated.values()]
+    dev_set = evaluated.pop("dev")
+    test_sets = asked_for(evaluated, hparams)
+    as_they_are = [dev_set, *test_sets.values()]
     if hparams["cohort_speakers"] > 1:
         chosen = choose_cohort(of_train, hparams["cohort_speakers"], hparams["cohort_utterances"])
         once_more = read_speech(train, data_root, columns)  # these keep their speed
@@ -265,8 +267,7 @@ def train_speaker(
     if hparams["cohort_speakers"] > 1:
         brain.cohort_loader = evaluation_loader(as_they_are[-1], hparams)
         brain.cohort_speakers = of_train
-    dev_set = evaluated.pop("dev")
-    return train_and_test(brain, hparams, train_set, dev_set, evaluated)
+    return train_and_test(brain, hparams, train_set, dev_set, test_sets)
 
 
 def drop_rare_speakers(
