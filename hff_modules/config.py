@@ -9,8 +9,12 @@ before HyperPyYAML resolves ``!ref``, ``!new`` and the like, so all of them see 
 """
 
 import difflib
+import hashlib
 import io
 import itertools
+import json
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,33 @@ from hyperpyyaml.core import recursive_update
 
 METHODS = Path(__file__).resolve().parent.parent / "hparams"  # one file per method, for all recipes
 
+# SpeechBrain's run options that decide about results: keys of ours, too, so that they are compared
+DECISIVE = ("precision", "max_grad_norm", "grad_accumulation_factor", "optimizer_step_limit")
+# What may change between two commands that work on one run: where things lie (the encoder's content
+# is compared, not its name), what is stored and logged, and what follows training.
+MAY_CHANGE = (
+    "output_folder data_folder csv encoder ssl_encoder sources_folder cache cache_gigabytes "
+    "speed_cache fill_only analysis probes num_workers ckpt_interval_minutes checkpointer "
+    "train_logger tensorboard check_only max_missing max_bad_share testing test_splits "
+    "cohort_speakers cohort_utterances cohort_nearest decoding beam_searcher "
+    "lm lm_text lm_order lm_alpha lm_beta lm_beam lm_minutes"
+).split()
+
+
+def separated(argv: Sequence[str]) -> list[str]:
+    """A command line on which each ``--key=value`` is two words.
+
+    Example
+    -------
+    >>> separated(["fusion", "--language=[fr, ml]", "--seed", "1"])
+    ['fusion', '--language', '[fr, ml]', '--seed', '1']
+    """
+    line = []
+    for word in argv:
+        key, equals, value = word.partition("=")
+        line += [key, value] if equals and key.startswith("--") else [word]
+    return line
+
 
 def given(argv: Sequence[str], key: str) -> Any:
     """The value of a key on the command line, before any file is read; None without.
@@ -31,7 +62,8 @@ def given(argv: Sequence[str], key: str) -> Any:
     >>> given(["hparams/fusion.yaml", "--language", "[fr, ml]"], "language")
     ['fr', 'ml']
     """
-    values = [value for name, value in itertools.pairwise(argv) if name == f"--{key}"]
+    pairs = itertools.pairwise(separated(argv))
+    values = [value for name, value in pairs if name == f"--{key}"]
     return ruamel.yaml.YAML(typ="safe", pure=True).load(values[-1]) if values else None
 
 
@@ -40,10 +72,10 @@ def switched_on(argv: Sequence[str], *keys: str) -> list[str]:
 
     Example
     -------
-    >>> switched_on(["fusion", "--few_shot", "--seed", "1"], "few_shot")
+    >>> switched_on(["fusion", "--few_shot", "--seed=1"], "few_shot")
     ['fusion', '--few_shot', 'true', '--seed', '1']
     """
-    line = []
+    line, argv = [], separated(argv)
     for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
         line.append(word)
         if word.removeprefix("--") in keys and word.startswith("--") and after.startswith("--"):
@@ -108,6 +140,12 @@ def load_config(
         merged.update(merge_files(path))
     merged.update(merge_files(find_method(method, beside=bases[0].resolve().parent)))
     _override(merged, overrides)
+    for key in DECISIVE:
+        if key in merged and key in run_opts.overridden_args:
+            merged[key] = getattr(run_opts, key)
+    if run_opts.debug and not run_opts.debug_persistently and "output_folder" in merged:
+        # As SpeechBrain does with its checkpoints: a few batches are no results of a run.
+        merged["output_folder"] = f"{tempfile.gettempdir()}/hff-debug-{os.getppid()}"
     asked = merged.get("layers")
     if not is_auto(asked):
         return _build(merged), run_opts
@@ -149,6 +187,21 @@ def changed_settings(old: str, new: str) -> dict[str, tuple[Any, Any]]:
     """
     then, now = (_plain(ruamel.yaml.YAML().load(text)) for text in (old, new))
     return {k: (then[k], now[k]) for k in now if k in then and then[k] != now[k]}
+
+
+def digest_of_settings(text: str, *without: str) -> str:
+    """What tells the settings of a merged text from others, whatever may change in a run left out.
+
+    Arguments
+    ---------
+    text : str
+    *without : str
+        More keys to leave out.
+    """
+    settings = _plain(ruamel.yaml.YAML().load(text))
+    decisive = {k: v for k, v in settings.items() if k not in (*MAY_CHANGE, *without)}
+    described = json.dumps(decisive, sort_keys=True, default=str)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 def _plain(node: Any) -> Any:

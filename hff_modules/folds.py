@@ -12,6 +12,7 @@ from typing import Any
 
 from speechbrain.utils.distributed import if_main_process
 
+from hff_modules.config import given, separated
 from hff_modules.files import write_atomically
 
 Job = Callable[[list[str]], tuple[Path, dict[str, Any]]]
@@ -34,11 +35,12 @@ def with_folds(job: Job, folds: Sequence[int]) -> Callable[[list[str]], dict[str
     """
 
     def main(argv: list[str]) -> dict[str, Any]:
-        fold = _value(argv, "--fold")
+        argv = separated(argv)
+        fold = given(argv, "fold")
         if fold is None:
             return job(argv)[1]
         if fold != "all":
-            check_fold(int(fold) if fold.isdigit() else fold, folds)
+            check_fold(fold, folds)
             return job(argv)[1]
         outcomes = [job(_of_fold(argv, number)) for number in folds]
         together = gather(folds, [results for _, results in outcomes])
@@ -88,30 +90,14 @@ def gather(folds: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[str,
     return {**{key: results[0][key] for key in same}, "folds": list(folds), "test": test}
 
 
-def _value(argv: Sequence[str], key: str) -> str | None:
-    for position, word in enumerate(argv):
-        if word.startswith(f"{key}="):
-            return word.partition("=")[2]
-        if word == key and position + 1 < len(argv):
-            return argv[position + 1]
-    return None
-
-
 def _of_fold(argv: Sequence[str], fold: int) -> list[str]:
     """The same command for one fold; a folder that is named gets one for each fold."""
-    changed, changes = [], {"--fold": str(fold)}
-    folder = _value(argv, "--output_folder")
-    if folder is not None:
-        changes["--output_folder"] = str(Path(folder) / f"fold-{fold}")
-    skip = False
-    for word in argv:
-        if skip:
-            skip = False
-            continue
-        key = word.partition("=")[0]
-        if key in changes:
-            changed += [key, changes[key]]
-            skip = "=" not in word
-        else:
-            changed.append(word)
-    return changed
+    line, words = [], iter(argv)
+    for word in words:
+        line.append(word)
+        if word == "--fold":
+            line.append(str(fold))
+            next(words, None)
+        elif word == "--output_folder":
+            line.append(str(Path(next(words, "")) / f"fold-{fold}"))
+    return line

@@ -1,7 +1,14 @@
 import pytest
 
 from hff_modules import config
-from hff_modules.config import METHODS, load_config, merge_files
+from hff_modules.config import (
+    METHODS,
+    given,
+    load_config,
+    merge_files,
+    switched_on,
+    without_wait,
+)
 
 
 @pytest.fixture
@@ -12,6 +19,17 @@ def files(tmp_path):
         return tmp_path
 
     return write
+
+
+def test_keys_are_found_in_both_ways_of_writing_them():
+    line = ["fusion", "--few_shot=true", "--source_languages=[ca, it]", "--check_only"]
+    assert given(line, "few_shot") is True and given(line, "source_languages") == ["ca", "it"]
+    assert switched_on(line, "few_shot", "check_only") == [
+        *("fusion", "--few_shot", "true", "--source_languages", "[ca, it]"),
+        *("--check_only", "true"),
+    ]
+    assert without_wait(["--start_from=a=b"])[-2:] == ["--frozen_epochs", "0"]
+    assert without_wait(["--start_from=a", "--frozen_epochs=3"])[-1] == "--frozen_epochs=3"
 
 
 def test_command_line_wins_over_method_over_base_over_what_it_extends(files):

@@ -12,6 +12,7 @@ import soundfile
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from speechbrain import Stage
 
 from hff_modules.brains import CTCBrain, train_ctc
 from hff_modules.brains.head_first import HeadFirst
@@ -55,7 +56,7 @@ def job(tmp_path_factory, encoder_folder):
     """Run a job on tones with a tiny encoder; gives its results and its folder."""
     data = {}
 
-    def run(folder, *options, method="fusion", count=12, brain_class=None):
+    def run(folder, *options, method="fusion", count=12):
         if count not in data:
             data[count] = tmp_path_factory.mktemp(f"tones{count}")
             make_speech(data[count], count)
@@ -239,6 +240,40 @@ def test_test_sets_stay_untouched_until_asked_for(job, tmp_path, monkeypatch):
     whole = job(tmp_path / "whole", *options)
     assert chosen["test"] == whole["test"] and chosen["dev"] == compared["dev"]
     assert stored == [2, 3, 3]  # nor are their states stored
+
+
+def test_a_score_that_is_no_number_is_never_the_best(job, tmp_path, monkeypatch):
+    scores = CTCBrain.scores
+
+    def diverging(brain, stage):
+        late = stage == Stage.VALID and len(brain.meter.history) == 1
+        return scores(brain, stage) | ({"loss": math.nan} if late else {})
+
+    monkeypatch.setattr(CTCBrain, "scores", diverging)
+    results = job(tmp_path, "--layers", "[2, 4]", "--select_by", "loss")
+    assert len(results["history"]) == 2 and math.isnan(results["history"][1]["loss"])
+    assert results["dev"]["loss"] == results["history"][0]["loss"] and results["test"]
+
+
+def test_a_debug_run_leaves_the_results_of_a_run_alone(job, tmp_path):
+    options = ["--layers", "[2, 4]", "--number_of_epochs", "1"]
+    job(tmp_path, *options)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    job(tmp_path, *options, "--debug")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_what_speechbrain_takes_as_a_run_option_is_a_setting_of_the_run(job, tmp_path):
+    options = ["--layers", "[2, 4]", "--number_of_epochs", "1"]
+    first = job(tmp_path / "1", *options, "--grad_accumulation_factor", "2", "--seed", "1")
+    assert "grad_accumulation_factor: 2\n" in (tmp_path / "1/config.yaml").read_text()
+    with pytest.raises(ValueError, match=r"a run with grad_accumulation_factor 2 \(now 1\)"):
+        job(tmp_path / "1", *options, "--seed", "1")
+    second, other = (
+        job(tmp_path / seed, *options, "--grad_accumulation_factor", factor, "--seed", seed)
+        for seed, factor in (("2", "2"), ("3", "1"))
+    )
+    assert first["settings"] == second["settings"] != other["settings"]
 
 
 def test_testing_without_a_checkpoint_is_refused(job, tmp_path):

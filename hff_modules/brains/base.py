@@ -1,5 +1,6 @@
 """What every task shares: optimizers per part, distribution, checkpoints, measuring, results."""
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from hff_modules.checkpoint import (
     save_state,
     save_trained,
 )
+from hff_modules.config import digest_of_settings
 from hff_modules.measure import Meter, count_parameters, table, versions, write_results
 
 logger = get_logger(__name__)
@@ -278,11 +280,15 @@ class SSLBrain(sb.Brain):
         chosen_by = self.hparams.select_by
         if chosen_by not in scores:
             raise ValueError(f"select_by: {chosen_by!r} is no score; there are {', '.join(scores)}")
-        meta = {"epoch": epoch, **scores}
+        meta, score = {"epoch": epoch, **scores}, scores[chosen_by]
         if self.head_first.waiting:  # not the method yet: to go on from, never to be the best
             meta = {"epoch": epoch}
+        elif not math.isfinite(score):  # SpeechBrain would take NaN for the best
+            logger.warning(f"epoch {epoch}: {chosen_by} on dev is {score}, it cannot be chosen")
+            meta = {"epoch": epoch}
+            self.hparams.epoch_counter.update_metric(math.inf)
         else:
-            self.hparams.epoch_counter.update_metric(scores[chosen_by])
+            self.hparams.epoch_counter.update_metric(score)
         if self.checkpointer is not None:
             self.checkpointer.save_and_keep_only(
                 meta=meta, min_keys=[chosen_by], importance_keys=[]
@@ -318,6 +324,8 @@ class SSLBrain(sb.Brain):
                 raise FileNotFoundError(
                     f"--test_only: there is no checkpoint in {self.checkpointer.checkpoints_dir}"
                 )
+            if self.meter.history:
+                raise ValueError(f"{min_key or max_key} on dev was finite after no epoch")
             return
         self.trained.load(best.paramfiles["trained"])
         if self.test_only:
@@ -338,6 +346,7 @@ class SSLBrain(sb.Brain):
         """Everything that ``results.json`` holds; ``dev`` is of the checkpoint that is tested."""
         history, waited = self.meter.history, self.head_first.epochs
         joined = [past for past in history if past["epoch"] > waited]
+        joined = [past for past in joined if math.isfinite(past[self.hparams.select_by])]
         # Of equals the latest, which is the checkpoint that SpeechBrain keeps.
         best = min(reversed(joined), key=lambda past: past[self.hparams.select_by], default={})
         about = ("epoch", "train_seconds", "train_loss")
@@ -355,6 +364,7 @@ class SSLBrain(sb.Brain):
             **({"frozen_epochs": waited} if waited else {}),
             "seed": self.hparams.seed,
             **({} if fold is None else {"fold": fold}),
+            "settings": digest_of_settings(self.hparams.config, "seed", "fold"),
             **self.layer_weights(),
             "dev": {name: value for name, value in best.items() if name not in about},
             "test": {name: dict(scores) for name, scores in test.items()},

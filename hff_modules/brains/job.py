@@ -16,19 +16,10 @@ from torch.utils.data import DataLoader
 
 from hff_modules import adapters
 from hff_modules.brains.base import SSLBrain
-from hff_modules.config import changed_settings
+from hff_modules.config import MAY_CHANGE, changed_settings
 from hff_modules.data.loading import batches_by_length
 from hff_modules.files import write_atomically
 
-# What may change between two commands that work on one run: where things lie (the encoder's content
-# is compared, not its name), what is stored and logged, and what follows training.
-MAY_CHANGE = (
-    "output_folder data_folder csv encoder ssl_encoder sources_folder cache cache_gigabytes "
-    "speed_cache fill_only analysis probes num_workers ckpt_interval_minutes checkpointer "
-    "train_logger tensorboard check_only max_missing max_bad_share testing test_splits "
-    "cohort_speakers cohort_utterances cohort_nearest decoding beam_searcher "
-    "lm lm_text lm_order lm_alpha lm_beta lm_beam lm_minutes"
-).split()
 BATCHES = ("batch_seconds", "num_buckets", "max_batch_size")  # of a run that is only tested
 
 
