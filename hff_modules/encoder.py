@@ -167,6 +167,8 @@ class SSLEncoder(nn.Module):
         super().train(mode)
         self._states_below = _states_below(self._family)
         self._mode_horizon = self.horizon
+        for adapter in self.adapters.values():  # a frozen one has no dropout either
+            adapter.train(mode and any(p.requires_grad for p in adapter.parameters()))
         if mode:
             outside = self.outside_parameters().values()
             self.model.train(self._mode_horizon < 0 and any(p.requires_grad for p in outside))
@@ -210,12 +212,15 @@ class SSLEncoder(nn.Module):
         Raises
         ------
         ValueError
-            When an utterance is too short to give a frame.
+            When an utterance is too short to give a frame, shares are none, or utterances of
+            stored states are to have other adapters than the states were stored with.
         """
         if wav_lens is None:
-            wav_lens = wavs.new_ones(len(wavs))
+            wav_lens = torch.ones(len(wavs), device=wavs.device)
         select_rows(self.adapters, adapters, len(wavs))
         horizon = self.horizon
+        if wavs.dim() == 4 and adapters is not None:
+            self._refuse_rows_below(horizon)
         if self.training and horizon != self._mode_horizon:
             self.train()
         if wavs.dim() == 4 and horizon == self.top:
@@ -228,6 +233,15 @@ class SSLEncoder(nn.Module):
             hidden, call = self._step(number, hidden, call, states, self.layers)
         frames = int(lengths.max())
         return torch.stack([states[k][:, :frames] for k in self.layers]), lengths
+
+    def _refuse_rows_below(self, horizon: int) -> None:
+        for name, adapter in self.adapters.items():
+            if adapter.enabled and adapter.rows is not None:
+                if adapter.lowest_changed() <= horizon:
+                    raise ValueError(
+                        f"the stored states were computed with the adapter {name!r} for all "
+                        "utterances; give waveforms to choose among adapters"
+                    )
 
     @property
     def stored_layers(self) -> list[int]:
@@ -260,7 +274,7 @@ class SSLEncoder(nn.Module):
             (batch, frames, num_stored, width) and valid frames (batch,).
         """
         if wav_lens is None:
-            wav_lens = wavs.new_ones(len(wavs))
+            wav_lens = torch.ones(len(wavs), device=wavs.device)
         select_rows(self.adapters, None, len(wavs))
         states, hidden, lengths, _ = self._run_frozen(wavs, wav_lens)
         if self.horizon < self.top:
@@ -296,7 +310,7 @@ class SSLEncoder(nn.Module):
             not disabled.
         """
         if wav_lens is None:
-            wav_lens = wavs.new_ones(len(wavs))
+            wav_lens = torch.ones(len(wavs), device=wavs.device)
         select_rows(self.adapters, [None] * len(wavs), len(wavs))
         states, _, lengths, _ = self._run_frozen(wavs, wav_lens, layers)
         return states, lengths
@@ -343,7 +357,12 @@ class SSLEncoder(nn.Module):
 
         With ``layers``, to the highest of them, and their states are given.
         """
-        num_samples = (wav_lens * wavs.shape[1]).round().long()
+        if not bool(((wav_lens >= 0) & (wav_lens <= 1 + 1e-4)).all()):  # nor NaN
+            raise ValueError(
+                "wav_lens: expected each utterance's share of the longest one, from 0 to 1, got "
+                f"{wav_lens.tolist()}"
+            )
+        num_samples = (wav_lens * wavs.shape[1]).round().long().clamp(max=wavs.shape[1])
         if int(num_samples.min()) < self.minimum_samples:
             raise ValueError(
                 f"utterance {int(num_samples.argmin())} of the batch has {int(num_samples.min())} "

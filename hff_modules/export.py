@@ -54,7 +54,7 @@ from hff_modules.export_texts import COUNTS, card, hyperparams
 from hff_modules.exported import build
 from hff_modules.files import write_atomically
 from hff_modules.ngram import LM_FILE
-from hff_modules.source import BUILTIN
+from hff_modules.source import BUILTIN, PREPROCESSORS
 
 CARD = "README.md"
 RESULTS = ("test", "dev", "epochs", "seed")
@@ -315,7 +315,7 @@ class TrainedRun:
             for name, tensor in encoder.model.state_dict().items():
                 state[name].copy_(tensor)
         whole.save_pretrained(folder)
-        for path in _files(encoder, "preprocessor_config.json"):
+        for path in _files(encoder, *PREPROCESSORS):
             shutil.copyfile(path, folder / path.name)
         plain = SSLEncoder(str(folder), layers=encoder.layers, precision=encoder.precision)
         before = self.manifest()["encoder"]
@@ -389,7 +389,7 @@ def pack_encoder(encoder: SSLEncoder, folder: Path) -> None:
     """Copy the files of a base encoder into a folder."""
     if encoder.source == "logmel" or encoder.untrained:
         raise ExportError(f"--pack: the encoder {encoder.source!r} has no trained weights to pack")
-    files = _files(encoder, "config.json", "preprocessor_config.json")
+    files = _files(encoder, "config.json", *PREPROCESSORS)
     weights = _files(encoder, "*.safetensors", "*.safetensors.index.json")
     if not weights:  # on the hub, where there are no patterns
         weights = _files(encoder, "model.safetensors")

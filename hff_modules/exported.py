@@ -130,13 +130,26 @@ class Exported(nn.Module):
         self.horizon, self.stored_as = manifest["horizon"], manifest.get("stored_as")
         self._check(encoder)
         self.encoder = encoder
+        before = set(encoder.adapters)
+        try:
+            self._build(name, shared)
+        except BaseException:  # others may use the encoder
+            for own in set(encoder.adapters) - before:
+                adapters.remove(encoder, own)
+            raise
+        self.fusion.requires_grad_(False)
+        self.head.requires_grad_(False)
+        self.eval()
+
+    def _build(self, name: str | None, shared: bool) -> None:
+        encoder = self.encoder
         with only(encoder, []), torch.random.fork_rng(devices=[]):  # drawn here, read from the file
             try:
-                self.fusion = build(fusion, fusion.Fusion, manifest["fusion"])
-                self.head = build(heads, nn.Module, manifest["head"])
+                self.fusion = build(fusion, fusion.Fusion, self.manifest["fusion"])
+                self.head = build(heads, nn.Module, self.manifest["head"])
                 self.adapters = self._attach(name)
             except (TypeError, ValueError, KeyError) as error:
-                reason = f"{folder / MANIFEST} does not describe a model: {error}"
+                reason = f"{self.folder / MANIFEST} does not describe a model: {error}"
                 raise ExportError(reason) from None
             self._load()
             for own in self.adapters if shared else []:
@@ -146,13 +159,10 @@ class Exported(nn.Module):
         self.fusion.to(self.device)
         self.head.to(self.device)
         if self.task == "asr":
-            self.units = load_units(folder / TOKENIZER)
+            self.units = load_units(self.folder / TOKENIZER)
             self._written = written(self.units)
         elif self.task == "classification":
-            self.labels = read_json(folder / LABELS)
-        self.fusion.requires_grad_(False)
-        self.head.requires_grad_(False)
-        self.eval()
+            self.labels = read_json(self.folder / LABELS)
 
     def _check(self, encoder: SSLEncoder) -> None:
         made_on, top = self.manifest["encoder"], max(self.layers)

@@ -105,7 +105,9 @@ class MultiTask:
         """
         rows = self._rows(tasks, len(wavs))
         wavs = wavs.to(self.device)
-        wav_lens = wavs.new_ones(len(wavs)) if wav_lens is None else wav_lens.to(self.device)
+        if wav_lens is None:
+            wav_lens = torch.ones(len(wavs))
+        wav_lens = wav_lens.to(self.device)
         found: dict[str, list[Any]] = {task: [None] * len(wavs) for task in rows}
         for task, answers in self._answers(wavs, wav_lens, rows):
             for row, answer in zip(rows[task], answers, strict=True):

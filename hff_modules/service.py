@@ -25,6 +25,7 @@ import torchaudio
 
 from hff_modules import cli
 from hff_modules.batching import Batcher
+from hff_modules.data.audio import is_supported
 from hff_modules.export_format import TASKS, find_folder, read_manifest
 from hff_modules.frontend import SAMPLE_RATE
 from hff_modules.multitask import MultiTask
@@ -106,9 +107,7 @@ def decode(data: bytes, most_seconds: float, minimum_samples: int = 1) -> torch.
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate = file.samplerate
-            # At 44,101 Hz, say, the filter that resamples would fill the memory.
-            shared = math.gcd(rate, SAMPLE_RATE)
-            if not 4000 <= rate <= 384_000 or rate > 1000 * shared or SAMPLE_RATE > 4000 * shared:
+            if not is_supported(rate):
                 raise Refused(422, f"a sample rate of {rate} Hz is not supported; 16000 is best")
             most, blocks, count = int(most_seconds * rate), [], 0
             while len(block := file.read(2**18 // file.channels, dtype="float32", always_2d=True)):
@@ -387,6 +386,9 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(_NOT_INSTALLED) from None
     models = parse_models(options["models"])
     model = MultiTask(None, models, options["device"])
+    if model.encoder.maximum_samples is not None:
+        most = min(limits.audio_seconds, model.encoder.maximum_samples / SAMPLE_RATE)
+        limits = dataclasses.replace(limits, audio_seconds=most)
     app = create_app(Service(model, limits, model.encoder.minimum_samples))
     print(f"tasks: {', '.join(models)}", flush=True)
     if options["host"] not in ("127.0.0.1", "localhost", "::1"):

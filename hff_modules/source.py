@@ -14,6 +14,7 @@ from transformers.utils import logging as hf_logging
 from hff_modules.families import FAMILIES, Family, LogMelFamily
 
 BUILTIN = Path(__file__).parent / "pretrained" / "conformer-small"
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 def load_family(source: str, pretrained: bool, revision: str | None, seed: int) -> Family:
@@ -90,16 +91,19 @@ def _random(name: str, revision: str | None, seed: int) -> nn.Module:
 
 
 def _preprocessor(name: str, revision: str | None) -> dict:
-    path = Path(name) / "preprocessor_config.json"
+    # A processor that transformers 5 saved has the settings of its feature extractor inside.
+    plain, nested = (_optional(name, file, revision) for file in PREPROCESSORS)
+    return plain if plain is not None else (nested or {}).get("feature_extractor", {})
+
+
+def _optional(name: str, file: str, revision: str | None) -> dict | None:
+    path = Path(name) / file
     if not Path(name).is_dir():
         found = cached_file(
-            name,
-            path.name,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
+            name, file, revision=revision, _raise_exceptions_for_missing_entries=False
         )
         path = Path(found) if found else path
-    return _read_json(path) if path.is_file() else {}
+    return _read_json(path) if path.is_file() else None
 
 
 def _read_json(path: Path) -> dict:

@@ -354,6 +354,84 @@ def test_two_methods_cannot_own_one_parameter(encoders):
     assert all(name.endswith("bias") for name in adapters.trainable_parameters(encoder))
 
 
+def test_what_shares_weights_of_the_encoder_is_not_on_at_the_same_time(encoders):
+    encoder, batch = encoders("wav2vec2-base"), speech(SAMPLES)
+    base = encode(encoder, batch)
+    bias = adapters.attach(encoder, "bitfit", name="a")
+    train(encoder, batch)
+    with_a = encode(encoder, batch)
+    adapters.disable(encoder, "a")
+    adapters.attach(encoder, "bitfit", name="b")
+    train(encoder, speech(9_000))
+    with_b = encode(encoder, batch)
+    with pytest.raises(AdapterError, match="'a' and 'b' change the same weights .* remove 'b'"):
+        adapters.enable(encoder, "a")
+    assert not bias.enabled and torch.equal(encode(encoder, batch), with_b)
+    adapters.disable(encoder, "b")
+    adapters.enable(encoder, "a")
+    assert torch.equal(encode(encoder, batch), with_a) and not torch.equal(with_a, with_b)
+    for name in ("a", "b"):
+        adapters.remove(encoder, name)
+    assert torch.equal(encode(encoder, batch), base)
+
+
+def test_lora_is_not_merged_into_weights_that_another_one_changes(encoders):
+    encoder, batch = encoders("w2v-bert-2"), speech(SAMPLES)
+    base = encode(encoder, batch)
+    randomise(adapters.attach(encoder, "lora"), seed=1)
+    adapters.disable(encoder, "lora")
+    with pytest.raises(AdapterError, match="switched off cannot be merged"):
+        adapters.merge(encoder, "lora")
+    adapters.enable(encoder, "lora")
+    adapters.attach(encoder, "top_k", layers="last:1")
+    with pytest.raises(AdapterError, match="'lora' and 'top_k' change the same weights"):
+        adapters.merge(encoder, "lora")
+    adapters.disable(encoder, "top_k")
+    unmerged = encode(encoder, batch)
+    adapters.merge(encoder, "lora")
+    with pytest.raises(AdapterError, match="'top_k' and 'lora' change the same weights"):
+        adapters.enable(encoder, "top_k")
+    torch.testing.assert_close(encode(encoder, batch), unmerged, rtol=1e-4, atol=1e-4)
+    adapters.remove(encoder, "top_k")
+    with pytest.raises(AdapterError, match="'full' and 'lora' change the same weights"):
+        adapters.attach(encoder, "full")
+    adapters.remove(encoder, "lora")
+    assert torch.equal(encode(encoder, batch), base) and not adapters.trainable_parameters(encoder)
+
+
+def test_a_frozen_adapter_has_no_dropout(encoders):
+    encoder = encoders("wav2vec2-base")
+    randomise(adapters.attach(encoder, "lora", dropout=0.5), seed=1).requires_grad_(False)
+    encoder.train()
+    wavs, wav_lens = speech(SAMPLES)
+    assert encoder.horizon == encoder.top
+    assert torch.equal(encoder.encode(wavs, wav_lens)[0], encoder.encode(wavs, wav_lens)[0])
+    adapters.get(encoder, "lora").requires_grad_(True)
+    encoder.train()
+    assert not torch.equal(encoder(wavs, wav_lens)[0], encoder(wavs, wav_lens)[0])
+
+
+def test_what_was_stored_with_adapters_leaves_no_choice_of_them(encoders):
+    encoder, (wavs, wav_lens) = encoders("wav2vec2-base"), speech(SAMPLES, SAMPLES)
+    for seed, name in enumerate(("fr", "ml")):
+        adapter = adapters.attach(encoder, "tpa", name=name, bottleneck=4)
+        randomise(adapter, seed).requires_grad_(False)
+    stored, _ = encoder.encode(wavs, wav_lens)
+    encoder(stored, wav_lens)
+    with pytest.raises(ValueError, match="computed with the adapter 'fr' for all utterances"):
+        encoder(stored, wav_lens, adapters=["fr", None])
+
+
+@pytest.mark.parametrize("name", ["fr.v2", "keys", "training"])
+def test_names_that_torch_does_not_take_are_refused_before_anything_changes(name, encoders):
+    encoder, batch = encoders("wav2vec2-base"), speech(SAMPLES)
+    base = encode(encoder, batch)
+    for method in ("prefix", "full"):
+        with pytest.raises(AdapterError, match=f"name='{name}': torch.nn.ModuleDict takes no"):
+            adapters.attach(encoder, method, name=name)
+    assert torch.equal(encode(encoder, batch), base) and not adapters.trainable_parameters(encoder)
+
+
 def test_unknown_methods_options_and_names_are_refused(encoders):
     encoder = encoders("w2v-bert-2")
     with pytest.raises(AdapterError, match="method='tpaa' is unknown; there are houlsby, pfeif"):

@@ -424,6 +424,33 @@ class TestAWrongFolder:
             SSLEncoder(str(folder))
 
 
+def test_settings_inside_a_processor_are_those_of_its_feature_extractor(
+    make_encoder_folder, tmp_path
+):
+    plain, nested = tmp_path / "plain", tmp_path / "nested"
+    settings = {"do_normalize": False, "feature_extractor_type": "Wav2Vec2FeatureExtractor"}
+    for folder, file, content in (
+        (plain, "preprocessor_config.json", settings),
+        (nested, "processor_config.json", {"feature_extractor": settings}),
+    ):
+        shutil.copytree(make_encoder_folder("wavlm-base"), folder)
+        (folder / "preprocessor_config.json").unlink(missing_ok=True)
+        (folder / file).write_text(json.dumps(content))
+    first, second = (SSLEncoder(str(folder), layers=4) for folder in (plain, nested))
+    assert first.fingerprint == second.fingerprint
+    wavs = 0.1 + speech(SAMPLES)[0]
+    assert torch.equal(first(wavs)[0], second(wavs)[0])
+    other = SSLEncoder(make_encoder_folder("wavlm-base"), layers=4)
+    assert not torch.allclose(first(wavs)[0], other(wavs)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("wav_lens", [[8000.0, 4000.0], [1.0, 1.2], [1.0, float("nan")]])
+def test_lengths_that_are_no_shares_are_refused(encoder_folder, wav_lens):
+    encoder = SSLEncoder(encoder_folder, layers=4)
+    with pytest.raises(ValueError, match="wav_lens: expected each utterance's share"):
+        encoder(torch.zeros(2, 8000), torch.tensor(wav_lens))
+
+
 def test_wrong_layers_and_precision_are_refused(encoder_folder):
     with pytest.raises(ValueError, match="no layer 5; this encoder has layers 0 to 4"):
         SSLEncoder(encoder_folder, layers=[5])

@@ -264,6 +264,20 @@ def test_a_model_on_a_shared_encoder_gives_what_it_gives_alone(trained, tones, e
     assert torch.equal(shared(*batched(signals))[0], plain)
 
 
+def test_a_refused_model_leaves_no_adapter_on_a_shared_encoder(
+    trained, tones, encoder_folder, tmp_path
+):
+    folder, _ = trained("tpa")
+    export(folder, tmp_path / "model")
+    shared, signals = SSLEncoder(encoder_folder, layers=4), list(read_tones(tones).values())
+    plain, _ = shared(*batched(signals))
+    (tmp_path / "model" / "trained.safetensors").unlink()
+    for _ in range(2):
+        with pytest.raises(ExportError, match="has no trained.safetensors"):
+            load_exported(tmp_path / "model", encoder=shared)
+    assert not shared.adapters and torch.equal(shared(*batched(signals))[0], plain)
+
+
 def test_packed_models_need_no_other_folder(trained, tones, tmp_path):
     folder, seen = trained("tpa")
     export(folder, tmp_path / "model", pack=True)

@@ -75,13 +75,18 @@ def attach(encoder: nn.Module, method: str, name: str | None = None, **options) 
     Raises
     ------
     AdapterError
-        Unknown method or option, a name that is taken.
+        Unknown method or option, a name that is taken or that torch has for itself, parameters of
+        the encoder that another adapter changes.
     """
     if method not in METHODS:
         raise AdapterError(f"method={method!r} is unknown; there are {', '.join(METHODS)}")
     name = name or method
     if name in encoder.adapters:
         raise AdapterError(f"an adapter called {name!r} is attached already; give another name")
+    if "." in name or hasattr(encoder.adapters, name):
+        raise AdapterError(
+            f"name={name!r}: torch.nn.ModuleDict takes no names with dots or of its own methods"
+        )
     kind, defaults = METHODS[method]
     try:
         adapter = kind(**{**defaults, **options})
@@ -90,6 +95,7 @@ def attach(encoder: nn.Module, method: str, name: str | None = None, **options) 
     adapter.method = method
     try:
         adapter.attach(encoder)
+        _refuse_shared(encoder, name, adapter)
     except BaseException:
         adapter.detach()
         raise
@@ -105,19 +111,41 @@ def get(encoder: nn.Module, name: str) -> Adapter:
     return encoder.adapters[name]
 
 
+def _refuse_shared(encoder: nn.Module, name: str, adapter: Adapter) -> None:
+    """Two that change the same weights of the encoder: undoing one would undo the other, too."""
+    own = {id(weight) for weight in adapter.changed_weights()}
+    for other, there in encoder.adapters.items():
+        shares = any(id(weight) in own for weight in there.changed_weights())
+        if there is not adapter and there.enabled and shares:
+            raise AdapterError(
+                f"{name!r} and {other!r} change the same weights of the encoder; disable, unmerge "
+                f"or remove {other!r} first"
+            )
+
+
 def enable(encoder: nn.Module, name: str) -> None:
-    """Switch an adapter on."""
-    get(encoder, name).set_enabled(True)
+    """Switch an adapter on; refused beside another one that changes the same weights."""
+    adapter = get(encoder, name)
+    _refuse_shared(encoder, name, adapter)
+    adapter.set_enabled(True)
+    encoder.train(encoder.training)
 
 
 def disable(encoder: nn.Module, name: str) -> None:
     """Switch an adapter off: the encoder gives what it gave without, bit for bit."""
     get(encoder, name).set_enabled(False)
+    encoder.train(encoder.training)
 
 
 def merge(encoder: nn.Module, name: str) -> None:
     """Fold an adapter into the encoder's weights, where the method can; it costs no time then."""
-    get(encoder, name).merge()
+    adapter = get(encoder, name)
+    adapter.merge()
+    try:
+        _refuse_shared(encoder, name, adapter)
+    except AdapterError:
+        adapter.unmerge()
+        raise
 
 
 def unmerge(encoder: nn.Module, name: str) -> None:

@@ -58,6 +58,10 @@ class Adapter(nn.Module):
         """Every parameter that it trains, its own or the encoder's."""
         return list(self.parameters())
 
+    def changed_weights(self) -> list[nn.Parameter]:
+        """The encoder's own parameters whose values it changes while it is switched on."""
+        return []
+
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take what :meth:`tensors` gave; names and shapes have been checked."""
         self.load_state_dict(tensors)

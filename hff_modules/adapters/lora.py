@@ -99,6 +99,8 @@ class LoRA(Adapter):
 
     def merge(self) -> None:
         """Fold the changes into the weights: no time is spent on them any more, nor training."""
+        if not self.enabled:
+            raise AdapterError("an adapter that is switched off cannot be merged; enable it first")
         if self._unmerged:
             return
         for key, linear in self._hosts.items():
@@ -111,6 +113,10 @@ class LoRA(Adapter):
             linear.merged_into = True
             self._unmerged[key] = linear.weight.detach().clone()
             linear.weight.data += part.delta().detach()
+
+    def changed_weights(self) -> list[nn.Parameter]:
+        """Those that it is merged into."""
+        return [self._hosts[key].weight for key in self._unmerged]
 
     def unmerge(self) -> None:
         """Give the encoder its own weights back, bit for bit."""

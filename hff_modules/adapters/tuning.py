@@ -78,6 +78,9 @@ class Tuning(Adapter):
     def trained(self) -> list[nn.Parameter]:  # noqa: D102
         return list(self._tuned.values())
 
+    def changed_weights(self) -> list[nn.Parameter]:  # noqa: D102
+        return list(self._tuned.values())
+
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take values that :meth:`tensors` gave."""
         for name, target in self.tensors().items():

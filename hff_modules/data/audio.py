@@ -1,6 +1,7 @@
 """Audio files in, 16 kHz mono float32 tensors out (wav, flac, mp3, ogg, opus through soundfile)."""
 
 import logging
+import math
 import multiprocessing
 import os
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def audio_info(path: str | os.PathLike) -> AudioInfo:
     Raises
     ------
     AudioError
-        When the file is missing, unreadable or has no samples.
+        When the file is missing, unreadable, has no samples or a sample rate that is not supported.
     """
     _check_file(path)
     try:
@@ -65,6 +66,7 @@ def audio_info(path: str | os.PathLike) -> AudioInfo:
         raise AudioError(f"{path}: not a readable audio file ({error})") from error
     if info.frames <= 0:
         raise AudioError(f"{path}: the audio file has no samples")
+    _check_rate(path, info.samplerate)
     return AudioInfo(info.frames / info.samplerate, info.samplerate, info.channels, info.frames)
 
 
@@ -108,6 +110,7 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000) -> torch.Tenso
         raise AudioError(f"{path}: the audio file has no samples")
     if len(samples) < 0.99 * expected:  # lossy formats only estimate their length
         raise AudioError(f"{path}: only {len(samples)} of {expected} samples can be decoded")
+    _check_rate(path, rate)
     signal = torch.from_numpy(samples)
     if signal.shape[1] > 1:
         _say_once("channels", f"{path} has {signal.shape[1]} channels: averaged to one")
@@ -118,6 +121,17 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000) -> torch.Tenso
         _say_once("rate", f"{path} has {rate} Hz: resampled to {sample_rate} Hz")
         signal = torchaudio.functional.resample(signal, rate, sample_rate)
     return signal
+
+
+def is_supported(rate: int, target: int = 16000) -> bool:
+    """Whether audio of this sample rate is resampled: the filter for 44,101 Hz fills the memory."""
+    shared = math.gcd(rate, target)
+    return 4000 <= rate <= 384_000 and rate <= 1000 * shared and target <= 4000 * shared
+
+
+def _check_rate(path: str | os.PathLike, rate: int) -> None:
+    if not is_supported(rate):
+        raise AudioError(f"{path}: a sample rate of {rate} Hz is not supported")
 
 
 def _check_file(path: str | os.PathLike) -> None:
