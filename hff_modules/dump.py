@@ -15,7 +15,9 @@ import argparse
 import io
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from hff_modules.encoder import SSLEncoder
 from hff_modules.export_format import MANIFEST
 from hff_modules.exported import load_exported
 from hff_modules.files import write_atomically
+from hff_modules.frontend import SAMPLE_RATE
 from hff_modules.layers import LayerSpec
 from hff_modules.recordings import (
     STDIN,
@@ -40,6 +43,7 @@ from hff_modules.recordings import (
     batches_by_length,
     find_recordings,
 )
+from hff_modules.source import hash_tensors
 
 ABOUT = "features.json"
 DTYPES = {"fp32": numpy.float32, "fp16": numpy.float16}
@@ -52,7 +56,7 @@ class DumpError(ValueError):
 
 def features_of(
     source: str, states: bool = False, layers: LayerSpec = "all", **options: Any
-) -> tuple[Compute, dict[str, Any], int]:
+) -> tuple[Compute, dict[str, Any], SSLEncoder]:
     """Give what computes features, and what they are.
 
     Arguments
@@ -69,9 +73,9 @@ def features_of(
 
     Returns
     -------
-    tuple[Callable, dict[str, Any], int]
+    tuple[Callable, dict[str, Any], SSLEncoder]
         A function from waveforms (batch, samples) and relative lengths to features (batch, ...,
-        frames, width) and valid frames; a description, JSON-able; samples that give a frame.
+        frames, width) and valid frames; a description, JSON-able; the encoder.
     """
     device = options.get("device", "cpu")
     if _is_exported(source):
@@ -83,6 +87,7 @@ def features_of(
         encoder, chosen = model.encoder, model.layers
         what = "states" if states else "fused"
         about = {"model": model.manifest["method"], "task": model.task}
+        about |= {"trained": hash_tensors(model.tensors())[:16], "stored_as": model.stored_as}
 
         def compute(wavs, wav_lens):
             found, lengths = model.states(wavs.to(device), wav_lens.to(device))
@@ -109,9 +114,10 @@ def features_of(
         "layers": chosen,
         "frame_rate": encoder.frame_rate,
         "encoder": {k: manifest[k] for k in ("source", "revision", "fingerprint")},
+        "precision": encoder.precision,
         "axes": ["frames", "width"] if what == "fused" else ["num_states", "frames", "width"],
     }
-    return compute, about, encoder.minimum_samples
+    return compute, about, encoder
 
 
 def _is_exported(source: str) -> bool:
@@ -137,10 +143,12 @@ class Folder:
         write_atomically(file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
     def _file(self, name: str) -> Path:
-        return self.path / f"{name}.npy"
+        return self.path / f"{name}.npy"  # with_suffix would cut a name with a dot
 
-    def __contains__(self, name: str) -> bool:
-        return self._file(name).is_file()
+    def frames(self, name: str) -> int | None:
+        """Frames of an utterance that is done; None if it is not."""
+        path = self._file(name)
+        return numpy.load(path, mmap_mode="r").shape[-2] if path.is_file() else None
 
     def write(self, name: str, features: numpy.ndarray) -> None:
         """Write one utterance's."""
@@ -158,7 +166,8 @@ class Folder:
 class Archive:
     """One HDF5 file with a data set for each utterance; under its name when all of it is there.
 
-    While it is written it is called ``<name>.unfinished``, from which the next run goes on.
+    Until then each utterance is a file in the folder ``<name>.unfinished``: a kill cannot damage
+    what is done, and the next run goes on from there.
     """
 
     def __init__(self, path: Path, about: dict[str, Any]):
@@ -168,43 +177,62 @@ class Archive:
             raise DumpError(
                 f"{path}: HDF5 needs h5py; pip install 'hff-modules[features]', or give a folder"
             ) from None
-        self.path, self.partial = path, path.with_name(f"{path.name}.unfinished")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            os.replace(path, self.partial)
-        try:
-            self.file = h5py.File(self.partial, "a")
-            written = self.file.attrs.get("features")
-        except OSError:  # stopped in the middle of a write
-            self.partial.unlink()
-            self.file, written = h5py.File(self.partial, "w"), None
-        try:
-            if written is not None:
-                _check_same(path, json.loads(written), about)
-        except DumpError:
-            self.__exit__(None, None, None)
-            raise
-        self.file.attrs["features"] = json.dumps(about, ensure_ascii=False)
-        self.file.pop(self._unfinished, None)
+        self.h5py, self.path, self.about = h5py, path, about
+        self.there: dict[str, int] = {}  # frames by name
+        if path.exists():
+            self._look()
+        self.folder = Folder(path.with_name(f"{path.name}.unfinished"), about)
 
-    _unfinished = ".unfinished"
+    def _look(self) -> None:
+        try:
+            with self.h5py.File(self.path) as file:
+                written = file.attrs.get("features")
+                if written is None:
+                    raise DumpError(f"{self.path} holds no features; give another target")
+                _check_same(self.path, json.loads(written), self.about)
+                file.visititems(self._note)
+        except OSError as error:
+            raise DumpError(f"{self.path} is no HDF5 file ({error}); give another target") from None
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.file
+    def _note(self, name: str, thing: Any) -> None:
+        if hasattr(thing, "shape"):
+            self.there[name] = thing.shape[-2]
+
+    def frames(self, name: str) -> int | None:
+        """Frames of an utterance that is done."""
+        return self.there.get(name, self.folder.frames(name))
 
     def write(self, name: str, features: numpy.ndarray) -> None:
         """Write one utterance's."""
-        self.file.create_dataset(self._unfinished, data=features)
-        self.file.move(self._unfinished, name)
-        self.file.flush()
+        self.folder.write(name, features)
 
     def __enter__(self) -> "Archive":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.file.close()
         if kind is None:
-            os.replace(self.partial, self.path)
+            self._pack()
+            shutil.rmtree(self.folder.path)
+
+    def _pack(self) -> None:
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        os.close(handle)
+        try:
+            if self.path.exists():
+                shutil.copyfile(self.path, name)
+            else:
+                os.unlink(name)
+            with self.h5py.File(name, "a") as file:
+                file.attrs["features"] = json.dumps(self.about, ensure_ascii=False)
+                for path in sorted(self.folder.path.rglob("*.npy")):
+                    key = str(path.relative_to(self.folder.path).with_suffix(""))
+                    if key not in file:
+                        file.create_dataset(key, data=numpy.load(path))
+            os.chmod(name, 0o644)
+            os.replace(name, self.path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
 
 
 def _check_same(path: Path, written: dict[str, Any], about: dict[str, Any]) -> None:
@@ -257,13 +285,13 @@ def dump(
     found = list(_utterances(data, data_root))
     failures = [one for one in found if isinstance(one, Failure)]
     found = [one for one in found if isinstance(one, Recording)]
-    _check_names(found)
-    compute, about, minimum = features_of(source, **options)
     target = Path(target)
     kind = Archive if target.suffix in (".h5", ".hdf5") else Folder
+    _check_names(found, nested=kind is Archive)
+    compute, about, encoder = features_of(source, **options)
     hidden = None if progress else True  # None: a bar in a terminal, nothing in a log file
     with kind(target, about | {"dtype": dtype}) as place:
-        todo = [one for one in found if str(one.place) not in place]
+        todo = [one for one in found if not _is_done(one, place, target, encoder)]
         seconds = round(sum(one.seconds for one in todo))
         with tqdm(total=seconds, unit=" s", desc="features", disable=hidden) as bar:
             for batch in batches_by_length(todo, batch_seconds):
@@ -273,7 +301,7 @@ def dump(
                         signals[one] = read_audio(one.path)
                     except AudioError as error:
                         failures.append(Failure(one.name, str(error)))
-                for one, features in _computed(compute, signals, minimum):
+                for one, features in _computed(compute, signals, encoder.minimum_samples):
                     place.write(str(one.place), _as(dtype, features))
                 bar.update(round(sum(one.seconds for one in batch)))
     for failure in failures:
@@ -295,15 +323,40 @@ def _utterances(data: str, data_root: str | Path | None) -> Iterator[Recording |
             yield Failure(name, str(error))
 
 
-def _check_names(recordings: Sequence[Recording]) -> None:
+def _is_done(one: Recording, place: Folder | Archive, target: Path, encoder: SSLEncoder) -> bool:
+    frames = place.frames(str(one.place))
+    if frames is None:
+        return False
+    samples = max(round(one.seconds * SAMPLE_RATE), encoder.minimum_samples)
+    expected = int(encoder.count_frames(torch.tensor([samples]))[0])
+    if abs(frames - expected) > 2 + 0.02 * expected:  # headers of lossy files only estimate
+        raise DumpError(
+            f"{target} has {one.place} with {frames} frames, but {one.path} gives {expected}: "
+            "other audio of the same name; give another target"
+        )
+    return True
+
+
+def _check_names(recordings: Sequence[Recording], nested: bool) -> None:
     seen: dict[Path, Recording] = {}
     for one in recordings:
+        if one.place.is_absolute() or ".." in one.place.parts:
+            raise DumpError(
+                f"{one.place}: a name that leads out of the target; give a manifest with other IDs"
+            )
         if one.place in seen:
             raise DumpError(
                 f"{seen[one.place].name} and {one.name} would both be called {one.place}; give a "
                 "manifest with an ID for each"
             )
         seen[one.place] = one
+    for place, one in seen.items() if nested else ():
+        for parent in place.parents:
+            if parent in seen:
+                raise DumpError(
+                    f"{seen[parent].name} and {one.name}: in an archive nothing can be called "
+                    f"{parent} and hold {place}, too; give a folder as target"
+                )
 
 
 def _as(dtype: str, features: numpy.ndarray) -> numpy.ndarray:

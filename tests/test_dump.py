@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
 from hff_modules import SSLEncoder, dump
 from hff_modules.data.manifest import write_manifest
@@ -113,10 +115,50 @@ def test_a_stopped_run_goes_on_and_computes_nothing_twice(
     assert len(read(tmp_path / target)) == 12
 
 
-def test_a_damaged_unfinished_archive_is_begun_anew(encoder_folder, tones, tmp_path):  # noqa: F811
-    (tmp_path / "out.h5.unfinished").write_bytes(b"half a file")
-    dump.dump(encoder_folder, str(tones), tmp_path / "out.h5", layers="2")
-    assert len(read_archive(tmp_path / "out.h5")) == 12
+def test_what_is_no_archive_of_these_features_is_left_alone(encoder_folder, tones, tmp_path):  # noqa: F811
+    def refused(name, why):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(DumpError, match=why):
+            dump.dump(encoder_folder, str(tones), tmp_path / name, layers="2")
+        assert (tmp_path / name).read_bytes() == before
+
+    (tmp_path / "notes.h5").write_text("mine")
+    refused("notes.h5", "notes.h5 is no HDF5 file")
+    with h5py.File(tmp_path / "weights.h5", "w") as file:
+        file.create_dataset("weights", data=[1.0])
+    refused("weights.h5", "weights.h5 holds no features")
+
+
+def test_more_utterances_join_a_finished_archive(encoder_folder, tones, tmp_path):  # noqa: F811
+    target, line = tmp_path / "out.h5", {"layers": "2", "batch_seconds": 1}
+    dump.dump(encoder_folder, str(tones / "u0.wav"), target, **line)
+    assert len(read_archive(target)) == 1
+    dump.dump(encoder_folder, str(tones), target, **line)
+    assert len(read_archive(target)) == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.h5"]
+
+
+def test_another_model_or_other_audio_of_the_same_name_is_refused(
+    encoder_folder,
+    learned,  # noqa: F811
+    tones,  # noqa: F811
+    tmp_path,
+):
+    model = tmp_path / "model"
+    shutil.copytree(learned[2], model)
+    dump.dump(str(model), str(tones), tmp_path / "out")
+    tensors = load_file(model / "trained.safetensors")
+    tensors["fusion.output.weight"] += 1.0
+    save_file(tensors, model / "trained.safetensors")
+    with pytest.raises(DumpError, match="other features: trained is"):
+        dump.dump(str(model), str(tones), tmp_path / "out")
+    for target in ("states", "states.h5"):
+        dump.dump(encoder_folder, str(tones / "u0.wav"), tmp_path / target, layers="2")
+        other = tmp_path / "other"
+        other.mkdir(exist_ok=True)
+        soundfile.write(other / "u0.wav", numpy.full(40_000, 0.1), 16000)
+        with pytest.raises(DumpError, match="has u0 with .* frames, but .*u0.wav gives .*: other"):
+            dump.dump(encoder_folder, str(other / "u0.wav"), tmp_path / target, layers="2")
 
 
 def test_unreadable_recordings_are_named_and_the_others_are_done(
@@ -155,6 +197,18 @@ def test_what_would_overwrite_or_mix_is_refused(encoder_folder, learned, tmp_pat
         dump.dump(encoder_folder, str(tmp_path / "a.wav"), tmp_path / "mine")
     with pytest.raises(DumpError, match="layers='2': the layers of an exported model"):
         dump.dump(str(learned[2]), str(tmp_path / "a.wav"), tmp_path / "out", layers="2")
+    write_manifest(
+        tmp_path / "away.csv",
+        [{"ID": "../../b", "duration": 0.1, "wav": str(tmp_path / "a.wav")}],
+        ["ID", "duration", "wav"],
+    )
+    with pytest.raises(DumpError, match="leads out of the target"):
+        dump.dump(encoder_folder, str(tmp_path / "away.csv"), tmp_path / "out")
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    for name in ("a.wav", "a/b.wav"):
+        soundfile.write(tmp_path / "in" / name, numpy.zeros(1600), 16000)
+    with pytest.raises(DumpError, match="in an archive nothing can be called a and hold a/b"):
+        dump.dump(encoder_folder, str(tmp_path / "in"), tmp_path / "out.h5")
     with pytest.raises(DumpError, match="not -"):
         dump.dump(encoder_folder, "-", tmp_path / "out")
 
