@@ -66,8 +66,8 @@ def command(plan: Plan, run: Run, device: str | None = None) -> list[str]:
     return line
 
 
-def finished(run: Run) -> dict[str, Any] | None:
-    """The results of a run that is done: tested, unless it is a trial; else None."""
+def finished(run: Run, ended: bool = False) -> dict[str, Any] | None:
+    """The results of a run that is done: tested, unless it is a trial or has just ended well."""
     path = run.folder / "results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -78,7 +78,7 @@ def finished(run: Run) -> dict[str, Any] | None:
         print(f"{path} cannot be read ({error!r}): this run is done again")
         path.unlink()
         return None
-    return results if dev and (test or run.trial) else None
+    return results if dev and (test or run.trial or ended) else None
 
 
 def record(plan: Plan, run: Run) -> None:
@@ -154,6 +154,9 @@ class Runner:
 
     def __init__(self, plan, jobs=1, devices=(), lock=None, limit_minutes=None):
         self.plan, self.jobs, self.lock, self.limit_minutes = plan, jobs, lock, limit_minutes
+        for device in devices:
+            if device.startswith("cuda"):
+                _gpu(device)  # refused before anything is started
         self.free = list(devices) or [None] * jobs
         while len(self.free) < jobs:
             self.free += list(devices)
@@ -173,7 +176,7 @@ class Runner:
         except PlanError as error:
             results = {"failed": str(error)}
         if results is not None:
-            self.outcomes[run] = results
+            self.outcomes[run] = self._of_its_row(run, results)
             return
         device = self.free.pop(0)
         line = command(self.plan, run, device)
@@ -191,6 +194,18 @@ class Runner:
                 pass_fds=() if self.lock is None else (self.lock,),
             )
         self.running[run] = process, device, time.monotonic()
+
+    def _of_its_row(self, run: Run, results: dict[str, Any]) -> dict[str, Any]:
+        """The results, or why they are none: a file has changed since other runs of the row."""
+        for other, before in self.outcomes.items():
+            same_row = other.row is run.row and other.settings == run.settings
+            if same_row and not (other.trial or run.trial) and {"settings"} <= before.keys():
+                if results.get("settings", before["settings"]) != before["settings"]:
+                    return {
+                        "failed": f"{run.folder} and {other.folder} were run with different "
+                        "settings (a file has changed in between); delete the older one"
+                    }
+        return results
 
     def poll(self) -> list[Run]:
         """Collect the runs that have ended since."""
@@ -212,7 +227,8 @@ class Runner:
                 self.outcomes[run] = {"failed": reason}
             else:
                 left = f"left no results in {run.folder}"
-                self.outcomes[run] = finished(run) or {"failed": left}
+                results = finished(run, ended=True) or {"failed": left}
+                self.outcomes[run] = self._of_its_row(run, results)
             ended.append(run)
         return ended
 
@@ -223,6 +239,17 @@ class Runner:
         self.running.clear()
 
 
+def _gpu(device: str) -> str:
+    """The GPU that is meant by "cuda:1": of those that this process may use, if they are named."""
+    number, allowed = device.partition(":")[2] or "0", os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not allowed:
+        return number
+    gpus = [gpu.strip() for gpu in allowed.split(",")]  # numbers or UUIDs
+    if not number.isdigit() or int(number) >= len(gpus):
+        raise PlanError(f"--devices {device}: CUDA_VISIBLE_DEVICES has only {allowed}")
+    return gpus[int(number)]
+
+
 def _environment(device: str | None, jobs: int) -> dict[str, str]:
     env = dict(os.environ)
     root = str(Path(__file__).resolve().parent.parent)
@@ -230,7 +257,7 @@ def _environment(device: str | None, jobs: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     env.setdefault("OMP_NUM_THREADS", str(max((cores or 1) // jobs, 1)))
     if device is not None and device.startswith("cuda"):
-        env["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2] or "0"
+        env["CUDA_VISIBLE_DEVICES"] = _gpu(device)
     return env
 
 

@@ -154,7 +154,7 @@ def collected(plan: Plan, outcomes: Outcomes) -> list[dict[str, Any]]:
     done = [run for run in runs if "failed" not in run]
     reach = plan.reach if plan.reach is not None else reached_by_all(done)
     for run in done:
-        seconds = seconds_to(run, run["score"], reach)
+        seconds = tables.seconds_to(run, run["score"], reach)
         run["reach"] = {"score": run["score"], "value": reach, "seconds": seconds}
     return runs
 
@@ -172,20 +172,6 @@ def reached_by_all(runs: Sequence[Mapping[str, Any]]) -> float | None:
     if not values:
         return None
     return min(values) if tables.is_better_when_larger(runs[0]["score"]) else max(values)
-
-
-def seconds_to(run: Mapping[str, Any], score: str, value: float) -> float | None:
-    """Seconds of training after which a run's score on dev was as good; None if it never was.
-
-    Epochs in which the head waited on the plain encoder do not count: that is not the method yet.
-    """
-    sign = -1 if tables.is_better_when_larger(score) else 1
-    for past in run.get("history", []):
-        if past["epoch"] <= run.get("frozen_epochs", 0):
-            continue
-        if sign * past[score] <= sign * value + 1e-9:
-            return past["train_seconds"]
-    return None
 
 
 def checkpoint_mb(folder: Path) -> float | None:

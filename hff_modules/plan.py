@@ -307,6 +307,10 @@ def _rows(entry: Any, shared: Mapping[str, Any], source: Path, recipe: Path) -> 
         if len(set(numbers)) < len(numbers):
             raise PlanError(f"{where}: {key}: one is there twice in {numbers}")
     settings = _settings(entry.get("grid", shared["grid"]), f"{where}: grid")
+    folders = [as_folder(as_text(one)) for one in settings]
+    twice = [as_text(one) for one in settings if folders.count(as_folder(as_text(one))) > 1]
+    if twice:
+        raise PlanError(f"{where}: grid: {' and '.join(twice)} would have the same folder")
     options = {**shared["options"], **_mapping(entry, "options", where)}
     label = _label(entry)
     rows = []

@@ -32,6 +32,8 @@ LARGER_IS_BETTER = ("accuracy", "unweighted_accuracy")
 # What the runs of a row have in common, where no label says which belong together
 ALIKE = ("task", "dataset", "method", "encoder", "layers", "horizon")
 ALIKE += ("trainable_encoder_parameters", "trainable_parameters")
+# What runs have in common where a label says that they belong together
+OF_A_ROW = ("settings", "dataset", "encoder", "layers", "trainable_parameters")
 _BLOCK = re.compile(
     r"(<!-- table: (\S+)((?: \| [^|\n]+)*) -->\n).*?(<!-- end of table -->)", re.DOTALL
 )
@@ -57,7 +59,8 @@ def collect(folder: str | Path, target: str | Path) -> list[dict]:
     FileNotFoundError
         There is none.
     ValueError
-        Two runs that no row could tell apart: same task, data, method, sizes, seed and fold.
+        Two runs that no row could tell apart: same task, data, method, sizes, seed and fold. Or a
+        row of runs with different settings.
     """
     found = {}
     for path in sorted(Path(folder).rglob("results.json")):
@@ -74,6 +77,7 @@ def collect(folder: str | Path, target: str | Path) -> list[dict]:
     if not found:
         raise FileNotFoundError(f"there is no results.json of a tested run below {folder}")
     runs = [run for _, run in found.values()]
+    check_rows(runs)
     runs.sort(key=lambda run: (run["method"], run["encoder"], run["layers"], run["seed"]))
     write_atomically(target, json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
     return runs
@@ -97,7 +101,7 @@ def add(source: str | Path, target: str | Path) -> list[dict]:
     Raises
     ------
     ValueError
-        A run is in both with other results.
+        A run is in both with other results, or a row would have runs with different settings.
     """
     source, target = Path(source), Path(target)
     files = [target, source] if target.is_file() else [source]
@@ -117,8 +121,58 @@ def add(source: str | Path, target: str | Path) -> list[dict]:
                     "delete one of them"
                 )
     runs = list(found.values())
+    check_rows(runs)
+    _reach_together(runs)
     write_atomically(target, json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
     return runs
+
+
+def check_rows(runs: Sequence[dict]) -> None:
+    """Refuse a mean over seeds or folds of runs that differ in more.
+
+    Raises
+    ------
+    ValueError
+        Names the row, what differs and the runs.
+    """
+    first: dict[str, dict] = {}
+    for run in runs:
+        if "failed" in run:
+            continue
+        before = first.setdefault(_identity(run), run)
+        for key in OF_A_ROW:
+            if key in run and key in before and run[key] != before[key]:
+                name = run.get("label") or run["method"]
+                raise ValueError(
+                    f"{name}: {_which(run)} has other {key} than {_which(before)} ({run[key]}, "
+                    f"{before[key]}); a row is a mean over seeds or folds, of nothing else"
+                )
+
+
+def _reach_together(runs: Sequence[dict]) -> None:
+    """Let all runs have the time to one score: the worst of those that comparisons chose."""
+    timed = [run for run in runs if run.get("reach", {}).get("value") is not None]
+    if len({run["reach"]["value"] for run in timed}) < 2:
+        return
+    score = timed[0]["reach"]["score"]
+    worst = min if is_better_when_larger(score) else max
+    value = worst(run["reach"]["value"] for run in timed)
+    for run in timed:
+        run["reach"] |= {"value": value, "seconds": seconds_to(run, score, value)}
+
+
+def seconds_to(run: dict, score: str, value: float) -> float | None:
+    """Seconds of training after which a run's score on dev was as good; None if it never was.
+
+    Epochs in which the head waited on the plain encoder do not count: that is not the method yet.
+    """
+    sign = -1 if is_better_when_larger(score) else 1
+    for past in run.get("history", []):
+        if past["epoch"] <= run.get("frozen_epochs", 0):
+            continue
+        if sign * past[score] <= sign * value + 1e-9:
+            return past["train_seconds"]
+    return None
 
 
 def summaries(runs: Sequence[dict]) -> list[dict]:
@@ -197,8 +251,8 @@ def unit(score: str) -> str:
 
 
 def is_better_when_larger(name: str) -> bool:
-    """Whether a score, "test-mini accuracy" say, is no error rate."""
-    return name.split()[-1] in LARGER_IS_BETTER
+    """Whether a score, "test-mini accuracy" or "accuracy action" say, is no error rate."""
+    return any(word in LARGER_IS_BETTER for word in (name.split()[0], name.split()[-1]))
 
 
 def _identity(run: dict) -> str:

@@ -50,6 +50,7 @@ results = {
     "total_parameters": 10**6, "train_seconds": 10.0 * width, "step_seconds": 0.05,
     "audio_seconds_per_second": 3.0, "peak_memory_mb": 100.0 * width, "epochs": 2, "seed": seed,
     **({"fold": int(options["fold"])} if "fold" in options else {}),
+    "settings": (here / "settings").read_text() if (here / "settings").exists() else "first",
     "dev": {**dev, "cer": cer}, "history": history,
     "test": {} if options.get("testing") == "false" else {"test": {"cer": cer + 1, "wer": 90.0}},
 }
@@ -144,8 +145,8 @@ def test_time_to_a_score_is_that_of_the_first_epoch_on_dev_that_reached_it(recip
 
 def test_epochs_with_the_head_alone_are_not_the_method_and_reach_nothing():
     history = [{"epoch": n, "cer": 50 - n, "train_seconds": 10.0 * n} for n in (1, 2, 3)]
-    assert comparison.seconds_to({"history": history}, "cer", 49) == 10
-    assert comparison.seconds_to({"history": history, "frozen_epochs": 2}, "cer", 49) == 30
+    assert tables.seconds_to({"history": history}, "cer", 49) == 10
+    assert tables.seconds_to({"history": history, "frozen_epochs": 2}, "cer", 49) == 30
 
 
 def test_by_default_the_score_to_reach_is_one_that_all_rows_reached():
@@ -302,6 +303,37 @@ def test_results_that_cannot_be_read_are_made_again(recipe, capsys):
     assert f"{path} cannot be read" in capsys.readouterr().out
 
 
+def test_runs_from_before_a_file_changed_are_no_seeds_of_the_row(recipe):
+    carry_out(recipe, methods=["a", "b"], seeds=[1])
+    (recipe / "settings").write_text("other")
+    with pytest.raises(SystemExit):
+        carry_out(recipe, methods=["a"], seeds=[1, 2])
+    first, second = json.loads(output(recipe, "runs.json").read_text())
+    assert "failed" not in first and "were run with different settings" in second["failed"]
+
+
+def test_data_without_a_test_part_has_scores_on_dev(recipe):
+    options = {"testing": False}
+    (run,) = carry_out(recipe, methods=["a"], options=options)
+    assert run["test"] == {} and "| 111.0 |" in output(recipe, "table.md").read_text()
+    (run,) = carry_out(recipe, methods=["a"], options=options)
+    assert run["test"] == {}
+
+
+def test_settings_of_a_grid_that_share_a_folder_are_refused(recipe):
+    with pytest.raises(PlanError, match=r"layers=4-9 and layers=\[4, 9\] would have the same"):
+        carry_out(recipe, methods=[{"method": "a", "grid": {"layers": ["4-9", [4, 9]]}}])
+
+
+def test_of_gpus_that_are_named_only_those_are_used(recipe, monkeypatch):
+    plan = make_plan({"recipe": "train.py", "methods": ["a"]}, recipe / "plan.yaml")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-1f")
+    assert compare._environment("cuda:0", 1)["CUDA_VISIBLE_DEVICES"] == "4"
+    assert compare._environment("cuda:1", 1)["CUDA_VISIBLE_DEVICES"] == "GPU-1f"
+    with pytest.raises(PlanError, match="--devices cuda:2: CUDA_VISIBLE_DEVICES has only 4,GPU-1f"):
+        compare.Runner(plan, 2, ["cuda:0", "cuda:2"])
+
+
 def test_jobs_run_side_by_side_with_their_share_of_the_cores(recipe, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
@@ -313,10 +345,11 @@ def test_jobs_run_side_by_side_with_their_share_of_the_cores(recipe, monkeypatch
     assert told == ["started:"] * 4 + ["done:"] * 4 and len(calls(recipe)) == 4
 
 
-def test_devices_are_handed_out_in_turn(recipe):
+def test_devices_are_handed_out_in_turn(recipe, monkeypatch):
     plan = make_plan({"recipe": "train.py", "methods": ["a"]}, recipe / "plan.yaml")
     runner = compare.Runner(plan, 3, ["cuda:0", "cuda:1"])
     assert runner.free == ["cuda:0", "cuda:1", "cuda:0"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert compare._environment("cuda:1", 1)["CUDA_VISIBLE_DEVICES"] == "1"
     (run,) = comparison.pending(plan, {})
     assert compare.command(plan, run, "cuda:1")[-2:] == ["--device", "cuda:0"]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from hff_modules.tables import add, collect, filled, main, markdown
+from hff_modules.tables import add, collect, filled, is_better_when_larger, main, markdown
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,6 +67,44 @@ def test_runs_of_other_seeds_and_machines_are_added_once(tmp_path, capsys):
     with pytest.raises(ValueError, match="both have fusion, seed 2, with other results"):
         add(second, target)
     assert target.read_text() == before
+
+
+def test_a_row_is_a_mean_over_seeds_and_of_nothing_else(tmp_path):
+    first, second, target = (tmp_path / name for name in ("first.json", "second.json", "all.json"))
+    first.write_text(json.dumps([run(label="a", settings="1")]))
+    add(first, target)
+    for other in ({"settings": "2"}, {"encoder": "other"}, {"layers": [12]}):
+        second.write_text(json.dumps([run(label="a", seed=2, **{"settings": "1"} | other)]))
+        (key,) = other
+        with pytest.raises(ValueError, match=f"a: seed 2 has other {key} than seed 1"):
+            add(second, target)
+    for seed in (1, 2):
+        (tmp_path / f"{seed}").mkdir()
+        text = json.dumps(run(seed=seed, settings=f"{seed}"))
+        (tmp_path / f"{seed}" / "results.json").write_text(text)
+    with pytest.raises(ValueError, match="fusion: seed 2 has other settings than seed 1"):
+        collect(tmp_path, tmp_path / "m.json")
+
+
+def test_runs_that_are_joined_are_timed_to_one_score(tmp_path):
+    for name, seed, value, best in (("first", 1, 40.0, 40.0), ("second", 2, 60.0, 55.0)):
+        history = [
+            {"epoch": n, "train_seconds": 10.0 * n, "cer": c} for n, c in ((1, 60.0), (2, best))
+        ]
+        reach = {"score": "cer", "value": value, "seconds": 10.0}
+        one = run(seed=seed, reach=reach, history=history, score="cer", dev={"cer": best})
+        (tmp_path / f"{name}.json").write_text(json.dumps([one]))
+        runs = add(tmp_path / f"{name}.json", tmp_path / "all.json")
+    assert [one["reach"] for one in runs] == [{"score": "cer", "value": 60.0, "seconds": 10.0}] * 2
+    assert "s to dev CER 60.0 %" in markdown(runs)
+
+
+@pytest.mark.parametrize(
+    ("name", "larger"),
+    [("accuracy action", True), ("test accuracy", True), ("cer", False), ("test min_dcf", False)],
+)
+def test_accuracies_are_better_when_larger(name, larger):
+    assert is_better_when_larger(name) == larger
 
 
 def test_a_block_may_choose_its_columns(tmp_path):
