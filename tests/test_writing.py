@@ -111,6 +111,40 @@ def test_an_apostrophe_ends_words_where_it_is_spelled():
     assert writing_of(sentences, "uz").clean("Tog\u2018 va \u2018bog'") == "tog' va bog'"
 
 
+def test_words_that_begin_with_an_apostrophe_are_kept_where_they_are_words():
+    for language, sentence, text in (
+        ("af", "Dit is 'n mooi huis, 'n 'nuwe' een", "dit is 'n mooi huis 'n nuwe een"),
+        ("nl", "'s Avonds in ’t 'stille' huis", "'s avonds in 't stille huis"),
+        ("fy-NL", "Yn 'e stêd, oan 't wetter", "yn 'e stêd oan 't wetter"),
+        ("de", "'s ist", "s ist"),
+    ):
+        assert writing_of([sentence], language).clean(sentence) == text
+
+
+def test_uzbek_apostrophes_have_one_form_however_they_are_typed():
+    sentence = "O\u02bbzbek o\u2018zbek o'zbek tog\u02bb tog\u2018"
+    assert writing_of([sentence], "uz").clean(sentence) == "o'zbek o'zbek o'zbek tog' tog'"
+
+
+def test_hebrew_acronyms_are_one_word_and_a_geresh_stays():
+    hebrew = Writing(("HEBREW",))
+    for typed in ("דו״ח", 'דו"ח', "דו”ח", "דו''ח"):
+        assert hebrew.clean(f"{typed} של") == "דו״ח של"
+    assert hebrew.clean("סנדוויץ׳ ו-ג'ירפה") == "סנדוויץ' ו ג'ירפה"
+    assert hebrew.clean('אמר: "שלום"') == "אמר שלום"
+
+
+def test_tibetan_syllables_are_parted_by_their_tsheg():
+    tibetan = Writing(("TIBETAN",))
+    assert not tibetan.has_spaces
+    assert tibetan.clean("བཀྲ་ཤིས་བདེ་ལེགས། ང་། ") == "བཀྲ་ཤིས་བདེ་ལེགས་ང"
+
+
+def test_a_dotted_capital_i_is_one_letter_in_every_language():
+    assert LATIN.clean("İstanbul I") == LATIN.clean("I\u0307stanbul I") == "istanbul i"
+    assert writing_of(["İ"], "tr").clean("İstanbul I") == "istanbul ı"
+
+
 def test_a_text_for_a_language_model_keeps_the_marks_that_transcripts_keep(tmp_path):
     write_table(
         tmp_path / "train.csv",

@@ -70,6 +70,24 @@ def audio_info(path: str | os.PathLike) -> AudioInfo:
     return AudioInfo(info.frames / info.samplerate, info.samplerate, info.channels, info.frames)
 
 
+def check_end(path: str | os.PathLike) -> None:
+    """Refuse a file that breaks off: of the samples that its header names, the last are decoded.
+
+    Raises
+    ------
+    AudioError
+        What :func:`read_audio` would say of it after decoding all.
+    """
+    try:
+        with soundfile.SoundFile(os.fspath(path)) as file:
+            file.seek(int(0.99 * file.frames))
+            whole = len(file.read(1)) > 0
+    except (soundfile.SoundFileError, OSError):
+        whole = False
+    if not whole:
+        raise AudioError(f"{path}: breaks off before the end that its header names")
+
+
 def read_audio(path: str | os.PathLike, sample_rate: int = 16000) -> torch.Tensor:
     """Read a whole file as one mono signal at the asked sample rate.
 

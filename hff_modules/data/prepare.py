@@ -15,7 +15,7 @@ from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
-from hff_modules.data.audio import AudioError, audio_info
+from hff_modules.data.audio import AudioError, audio_info, check_end
 from hff_modules.data.manifest import summarize_manifest, write_manifest
 from hff_modules.files import write_atomically
 
@@ -57,6 +57,9 @@ def expect(data_folder: str | os.PathLike, names: Iterable[str], layout: str) ->
     return folder
 
 
+LINE = "line of the file"
+
+
 def listing(folder: Path) -> str:
     """Name the first things in a folder, for messages."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -87,12 +90,13 @@ def read_table(
     Returns
     -------
     list of dict
-        One per line, by heading.
+        One per line, by heading; the number of the line is under ``LINE``.
 
     Raises
     ------
     ValueError
-        A column is not there, a line is too short, or the file is not UTF-8.
+        A column is not there, a line is too short or too long, there is a line break in one of
+        the columns, or the file is not UTF-8.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # Excel begins with a BOM
@@ -106,12 +110,19 @@ def read_table(
                 )
             rows = []
             for row in reader:
-                if any(row[column] is None for column in columns):
+                line, extra = reader.line_num, row.pop(None, [])
+                if any(row[column] is None for column in columns) or any(map(str.strip, extra)):
+                    quotes = "; a text with commas needs quotation marks around it" * bool(extra)
+                    raise ValueError(f"{path}, line {line}: expected {len(header)} fields{quotes}")
+                if any("\n" in row[column] for column in columns):
                     raise ValueError(
-                        f"{path}, line {reader.line_num}: expected {len(header)} fields"
+                        f"{path}, line {line}: a text goes over several lines; is a quotation mark "
+                        "left open?"
                     )
-                rows.append(row)
+                rows.append({**row, LINE: line})
             return rows
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text ({error})") from None
 
@@ -126,7 +137,9 @@ def read_durations(paths: Mapping[str, Path]) -> tuple[dict[str, float], list[st
 
     def duration(path: Path) -> float | AudioError:
         try:
-            return audio_info(path).duration
+            seconds = audio_info(path).duration
+            check_end(path)
+            return seconds
         except AudioError as error:
             return error
 

@@ -22,12 +22,15 @@ WITHOUT_SPACES = ("HAN AND KANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 MAIN_SHARE = 0.05  # of a language's letters: a script with fewer is no script of the language
 DOTLESS = ("tr", "az", "crh", "gag")  # languages whose lower case of I is a letter of its own
 FINAL_APOSTROPHE = ("mt", "uz")  # languages in which it ends words, as a letter does: ta', tog'
-INITIAL_APOSTROPHE = {"ha": "y"}  # and begins them, before these letters: 'yan
+# And begins them, before these letters: 'yan; or before a word of one of these letters: 'n, 's
+INITIAL_APOSTROPHE = {"ha": "y", "af": r"n\b", "nl": r"[stnkm]\b", "fy": r"[tkesn]\b"}
 
-LETTER_APOSTROPHE = "\u02bc"  # to Unicode, a letter: no quotation marks look so
-APOSTROPHES = "'\u2019\u2018\u201b\u02bc\u00b4`\u2032\u05f3"
+LETTER_APOSTROPHES = "\u02bb\u02bc"  # to Unicode, letters: no quotation marks look so
+GERESH, GERSHAYIM = "\u05f3", "\u05f4"  # of Hebrew; the second, in acronyms, is often typed as "
+APOSTROPHES = f"'\u2019\u2018\u201b{LETTER_APOSTROPHES}\u00b4`\u2032{GERESH}"
+TYPED_GERSHAYIM = re.compile("(?<=[א-ת])(?:[\"\u201c\u201d\u05f4]|['\u2019\u05f3]{2})(?=[א-ת])")
 ZWNJ, ZWJ = "\u200c", "\u200d"
-TATWEEL = "\u0640"
+TATWEEL, TSHEG = "\u0640", "\u0f0b"
 INSIDE = "\u055b\u055c\u055e"  # Armenian writes its emphasis and question marks inside words
 HARAKAT = re.compile("[\u064b-\u0652\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed]")
 # A consonant, a virama and a joiner are the old way to write a chillu; NFC leaves them apart.
@@ -80,7 +83,7 @@ class Writing:
     final_apostrophe : bool
         Keep an apostrophe at the end of a word.
     initial_apostrophe : str
-        Letters before which an apostrophe is kept at the beginning of a word, too.
+        Regular expression: before what an apostrophe is kept at the beginning of a word, too.
     keep_harakat : bool
         Keep the vowel marks of Arabic script.
 
@@ -107,9 +110,10 @@ class Writing:
         """Text of a sentence: composed, lower case, no punctuation.
 
         An apostrophe (in one form) or a middle dot stays between two letters of a script with
-        spaces, an apostrophe in some languages at an end of a word, too, and U+02BC, to Unicode a
-        letter, at both ends; hyphens, dashes and everything else that is no letter, mark or number
-        become spaces.
+        spaces, an apostrophe in some languages at an end of a word, too, U+02BB and U+02BC, to
+        Unicode letters, at both ends, and a Hebrew geresh at the end; hyphens, dashes and
+        everything else that is no letter, mark or number become spaces. Tibetan has its tsheg, and
+        nothing else, between syllables.
         Numbers and signs that are read out stay, see :meth:`problem`.
 
         Arguments
@@ -124,7 +128,8 @@ class Writing:
         """
         dropped = Counter() if dropped is None else dropped
         text = unicodedata.normalize("NFC", "".join(map(_plain_form, sentence)))
-        text = text.translate({ord("I"): "ı", ord("İ"): "i"} if self.dotless else {}).lower()
+        text = text.translate({ord("İ"): "i", **({ord("I"): "ı"} if self.dotless else {})}).lower()
+        text = TYPED_GERSHAYIM.sub(GERSHAYIM, text)
         text = OLD_CHILLU.sub(lambda found: CHILLUS[found[1]], unicodedata.normalize("NFC", text))
         text = PARTED_AM.sub(_joined_am, text)
         if not self.keep_harakat:
@@ -132,30 +137,32 @@ class Writing:
             text = HARAKAT.sub("", text)
         kept = []
         for place, character in enumerate(text):
-            before, after = text[place - 1 : place], text[place + 1 : place + 2]
+            before, after = text[max(place - 1, 0) : place], text[place + 1 : place + 3]
             written = self._written(character, before, after)
             if not written.strip() and not character.isspace():
                 dropped[character] += 1
             kept.append(written)
-        between = " " if self.has_spaces else ""
+        between = " " if self.has_spaces else TSHEG if self.scripts[0] == "TIBETAN" else ""
         return between.join("".join(kept).split())
 
     def _written(self, character: str, before: str, after: str) -> str:
-        """What stands for a character between its neighbours: itself, a space or nothing."""
+        """What stands for a character before and after others: itself, a space or nothing."""
         kind = unicodedata.category(character)
+        if character == GERSHAYIM:
+            return character if _is_word(before) and _is_word(after) else " "
         if character in APOSTROPHES or character == "·":
             sign = "·" if character == "·" else "'"
             starts, ends = _is_word(after), _is_word(before)  # a word, or goes on with it
-            letter = character == LETTER_APOSTROPHE
-            may_end = letter or (self.final_apostrophe and sign == "'")
-            may_begin = letter or (after in tuple(self.initial_apostrophe) and sign == "'")
+            letter, begins = character in LETTER_APOSTROPHES, self.initial_apostrophe
+            may_end = letter or character == GERESH or (self.final_apostrophe and sign == "'")
+            may_begin = letter or (begins and sign == "'" and re.match(begins, after))
             stays = (ends and (starts or may_end)) or (starts and may_begin)
             return sign if stays and self.has_spaces else " "
         stray = kind[0] == "M" and not _is_word(before) and before not in (ZWNJ, ZWJ)
         if character == TATWEEL or character in INSIDE or stray:
             return ""
         if character in (ZWNJ, ZWJ):
-            return character if self._joins(before, after) else ""
+            return character if self._joins(before, after[:1]) else ""
         if _is_letter(character) or kind[0] == "M" or _is_read_out(character):
             return character
         return "" if kind == "Cf" else " "

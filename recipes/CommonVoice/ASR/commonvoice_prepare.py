@@ -81,13 +81,7 @@ def prepare_commonvoice(
         if minutes is not None and minutes <= 0:
             raise ValueError(f"{key}: expected minutes above 0, got {minutes}")
     root = Path(data_folder).absolute()
-    known = _languages(root)
-    absent = [name for name in languages if name not in known]
-    if absent:
-        there = f"languages there: {', '.join(known)}" if known else f"it holds {listing(root)}"
-        raise FileNotFoundError(
-            f"language {', '.join(absent)}: no such folder with a train.tsv in {root}; {there}"
-        )
+    check_languages(root, languages)
     options = (limits, max_missing, keep_harakat, drop_shared_texts)
     return {
         name: _prepare_language(root, Path(save_folder) / name, name, *options)
@@ -95,10 +89,17 @@ def prepare_commonvoice(
     }
 
 
-def _languages(root: Path) -> list[str]:
+def check_languages(root: Path, languages: Sequence[str]) -> None:
+    """Refuse languages that are not there, naming those that are."""
     if not root.is_dir():
         raise FileNotFoundError(f"data_folder {root}: no such folder; expected one per language")
-    return sorted(path.parent.name for path in root.glob("*/train.tsv"))
+    known = sorted(path.parent.name for path in root.glob("*/train.tsv"))
+    absent = [name for name in languages if name not in known]
+    if absent:
+        there = f"languages there: {', '.join(known)}" if known else f"it holds {listing(root)}"
+        raise FileNotFoundError(
+            f"language {', '.join(absent)}: no such folder with a train.tsv in {root}; {there}"
+        )
 
 
 def _prepare_language(
@@ -120,6 +121,11 @@ def _prepare_language(
     for part in PARTS:
         table = folder / f"{part}.tsv"
         rows = read_table(table, COLUMNS, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if not rows:
+            raise ValueError(
+                f"{table} has no rows; where a language has too few clips for three parts, "
+                "recipes/Custom/ASR takes validated.tsv and makes the parts"
+            )
         found, missing = [], []
         for row in rows:
             path = row["path"].strip()

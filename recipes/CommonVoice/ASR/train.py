@@ -7,7 +7,7 @@ python train.py hparams/fusion.yaml --data_folder /data/CommonVoice --language m
 from pathlib import Path
 
 import speechbrain as sb
-from commonvoice_prepare import prepare_commonvoice
+from commonvoice_prepare import check_languages, prepare_commonvoice
 from sources import train_sources
 from speechbrain.utils.distributed import run_on_main
 
@@ -24,6 +24,7 @@ def main(argv: list[str]) -> dict:
     """Run one job; gives what ``results.json`` holds."""
     argv = switched_on(argv, "few_shot")
     if given(argv, "source_languages"):
+        _check_names(argv)  # before hours of work on the sources
         argv = [*argv, "--start_from", str(train_sources(argv, main))]
     argv = without_wait(argv)
     languages = given(argv, "language")
@@ -52,6 +53,12 @@ def main(argv: list[str]) -> dict:
         dev=[parts["dev"] for parts in manifests.values()],
         test={language: parts["test"] for language, parts in manifests.items()},
     )
+
+
+def _check_names(argv: list[str]) -> None:
+    folder, language = given(argv, "data_folder"), given(argv, "language")
+    if folder is not None and isinstance(language, str):
+        check_languages(Path(folder).absolute(), [language])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Your own recordings: a CSV file is checked, reported on, split if need be, and made manifests.
 
 Columns ``wav`` (a path, relative to the CSV file's folder or absolute) and ``text``; optionally
-``split`` (train, dev or test) and ``speaker``. Tabs instead of commas in a ``.tsv`` file.
+``split`` (train, dev or test) and ``speaker``. Tabs instead of commas in a ``.tsv`` file. Common
+Voice's names of columns, and clips in a folder ``clips``, are understood as well.
 """
 
 import csv as csv_module
@@ -15,7 +16,7 @@ from pathlib import Path
 from speechbrain.utils.logger import get_logger
 
 from hff_modules.data.manifest import DATA_ROOT, summarize_manifest, write_manifest
-from hff_modules.data.prepare import judge, read_durations, read_table
+from hff_modules.data.prepare import LINE, judge, read_durations, read_table
 from hff_modules.data.writing import clean_parts, describe_units, writing_of
 from hff_modules.files import write_atomically
 
@@ -27,6 +28,7 @@ SHARE = 0.1  # of dev, and of test, where nobody says which is which
 SHORT, LONG = 0.5, 30.0  # seconds
 UNUSUAL = 4.0  # spreads from the median of characters per second
 SHOWN = 20  # suspicious rows
+COMMON_VOICE = ("path", "sentence", "client_id")
 
 
 def prepare_custom(
@@ -94,27 +96,32 @@ def _read(csv: Path) -> list[dict]:
         raise FileNotFoundError(f"csv {csv}: no such file; expected the columns wav and text")
     delimiter = "\t" if csv.suffix == ".tsv" else ","
     quoting = csv_module.QUOTE_NONE if csv.suffix == ".tsv" else csv_module.QUOTE_MINIMAL
-    rows = read_table(csv, ("wav", "text"), delimiter, quoting)
+    wav_column, text_column, speaker_column = _columns(csv, delimiter)
+    rows = read_table(csv, (wav_column, text_column), delimiter, quoting)
     if not rows:
         raise ValueError(f"csv {csv}: there are no rows below the line of headings")
+    clips = csv.parent / "clips" if wav_column == "path" else csv.parent
     read = []
-    for line, row in enumerate(rows, 2):
+    for row in rows:
+        line = row[LINE]
         split = (row.get("split") or "").strip().lower()
         split = "dev" if split in ALSO_DEV else split
         if split not in (*PARTS, ""):
             raise ValueError(
                 f"csv {csv}, line {line}: split is {split!r}; expected train, dev, test"
             )
-        wav = row["wav"].strip()
+        wav = row[wav_column].strip()
+        if not (csv.parent / wav).is_file() and (clips / wav).is_file():
+            wav = f"clips/{wav}"
         read.append(
             {
                 "ID": f"{line:05d}-{Path(wav).stem}",
                 "line": line,
                 "path": csv.parent / wav,
                 "wav": wav if os.path.isabs(wav) else f"{DATA_ROOT}/{wav}",
-                "text": row["text"],
+                "text": row[text_column],
                 "split": split,
-                "spk_id": (row.get("speaker") or "").strip(),
+                "spk_id": (row.get(speaker_column) or "").strip(),
             }
         )
     without = [row["line"] for row in read if not row["split"]]
@@ -123,6 +130,13 @@ def _read(csv: Path) -> list[dict]:
             f"csv {csv}, line {without[0]}: no split; expected one in all rows or none"
         )
     return read
+
+
+def _columns(csv: Path, delimiter: str) -> tuple[str, str, str]:
+    """The columns of path, text and speaker: ours, or Common Voice's."""
+    with open(csv, encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline().strip().split(delimiter)
+    return COMMON_VOICE if set(COMMON_VOICE[:2]) <= set(header) else ("wav", "text", "speaker")
 
 
 def _usable(csv: Path, rows: Sequence[dict], max_bad_share: float) -> list[dict]:
