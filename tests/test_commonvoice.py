@@ -6,7 +6,9 @@ import logging
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
+import soundfile
 
 from hff_modules.data.manifest import summarize_manifest
 from tests import corpora
@@ -84,6 +86,31 @@ def test_a_language_that_is_not_there_is_answered_with_those_that_are(data, save
         prepare_commonvoice(data / "fr", save, "fr")
     with pytest.raises(ValueError, match="language: expected a folder's name .* got False"):
         prepare_commonvoice(data, save, False)  # YAML's reading of `no`
+
+
+def test_a_part_without_rows_says_what_to_do(data, save):
+    table = data / "fr" / "dev.tsv"
+    table.write_text(table.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="dev.tsv has no rows; .* recipes/Custom/ASR takes valid"):
+        rows(data, save)
+
+
+def test_clips_that_break_off_are_named_before_anything_is_computed(data, save, caplog):
+    path = data / "fr" / "clips" / "train_1.flac"
+    (data / "fr" / "clips" / "train_1.wav").unlink()
+    soundfile.write(path, numpy.random.default_rng(0).uniform(-0.5, 0.5, 48000), 16000)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with caplog.at_level(logging.WARNING):
+        made = rows(data, save, max_missing=0.5)
+    assert len(made) == 5 and "train_1.flac: breaks off" in caplog.text
+
+
+def test_a_misspelt_language_is_refused_before_the_sources_are_trained(data, main, tmp_path):
+    argv = ["hparams/fusion.yaml", "--data_folder", str(data), "--language", "frr"]
+    argv += ["--source_languages", "[ru]", "--sources_folder", str(tmp_path / "sources")]
+    with pytest.raises(FileNotFoundError, match="language frr: no such folder"):
+        main(argv)
+    assert not (tmp_path / "sources").exists()
 
 
 def test_absent_clips_are_counted_named_and_refused_above_the_share(data, save, caplog):

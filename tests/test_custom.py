@@ -169,6 +169,45 @@ def test_files_that_cannot_serve_are_refused(tmp_path, save):
         prepare_custom(write_csv(tmp_path / "my.csv", recordings(tmp_path, 2)), save)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"three, one!"', "three, one!", "line 4: expected 2 fields; a text with commas needs quo"),
+        (
+            '"three, one!"',
+            '"three, one!',
+            "line .*: a text goes over several lines; is a quotation",
+        ),
+    ],
+)
+def test_texts_that_a_comma_or_an_open_quotation_mark_would_cut_are_refused(
+    tmp_path, save, old, new, message
+):
+    path = write_csv(tmp_path / "my.csv", recordings(tmp_path))
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        prepare_custom(path, save)
+
+
+def test_lines_are_counted_as_an_editor_does(tmp_path, save):
+    path = write_csv(tmp_path / "my.csv", recordings(tmp_path))
+    first, second, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first, "", second, *rest]) + "\n")
+    made = parts(prepare_custom(path, save)[0])
+    assert {row["ID"] for rows in made.values() for row in rows} >= {"00003-0", "00032-29"}
+
+
+def test_a_table_of_common_voice_is_taken_as_it_is(tmp_path, save):
+    rows = recordings(tmp_path / "clips")
+    lines = ["client_id\tpath\tsentence_id\tsentence\taccents"]
+    lines += [f"s{n}\t{row['wav']}\tx\t{row['text']}\t" for n, row in enumerate(rows)]
+    (tmp_path / "validated.tsv").write_text("\n".join(lines) + "\n")
+    made = parts(prepare_custom(tmp_path / "validated.tsv", save)[0])
+    assert sum(map(len, made.values())) == 30
+    row = made["train"][0]
+    assert row["wav"].startswith("$data_root/clips/audio/") and row["spk_id"].startswith("s")
+
+
 def test_speakers_in_two_given_parts_and_an_absent_test_part_are_said(tmp_path, save, caplog):
     rows = recordings(
         tmp_path, split=lambda n: "dev" if n % 5 == 0 else "train", speaker=lambda n: "me"

@@ -111,14 +111,14 @@ def read_table(
             rows = []
             for row in reader:
                 line, extra = reader.line_num, row.pop(None, [])
-                if any(row[column] is None for column in columns) or any(map(str.strip, extra)):
-                    quotes = "; a text with commas needs quotation marks around it" * bool(extra)
-                    raise ValueError(f"{path}, line {line}: expected {len(header)} fields{quotes}")
-                if any("\n" in row[column] for column in columns):
+                if any("\n" in (row[column] or "") for column in columns):
                     raise ValueError(
                         f"{path}, line {line}: a text goes over several lines; is a quotation mark "
                         "left open?"
                     )
+                if any(row[column] is None for column in columns) or any(map(str.strip, extra)):
+                    quotes = "; a text with commas needs quotation marks around it" * bool(extra)
+                    raise ValueError(f"{path}, line {line}: expected {len(header)} fields{quotes}")
                 rows.append({**row, LINE: line})
             return rows
     except csv.Error as error:
