@@ -35,7 +35,7 @@ from speechbrain.utils.distributed import (
 from speechbrain.utils.logger import get_logger
 from torch import nn
 
-from hff_modules.files import write_atomically
+from hff_modules.files import sync, write_atomically
 
 logger = get_logger(__name__)
 
@@ -89,6 +89,8 @@ class TrainedCheckpointer(Checkpointer):
 
     def _finish(self, saved: Checkpoint) -> Checkpoint:
         final = saved.path.with_name(saved.path.name.removeprefix(UNFINISHED))
+        if if_main_process():
+            sync(saved.path)
         if final.exists():  # saved under a name of its own once more
             shutil.rmtree(final)
         os.replace(saved.path, final)

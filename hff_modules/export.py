@@ -99,7 +99,7 @@ def export(
     ExportError
         The run is not whole, or is of a kind that cannot be written so.
     """
-    run_folder, folder = Path(run_folder), Path(folder)
+    run_folder, folder = Path(run_folder), Path(folder).resolve()
     if folder.exists() and any(folder.iterdir()) and not (force and (folder / MANIFEST).is_file()):
         hint = "--force replaces it" if (folder / MANIFEST).is_file() else "give another folder"
         raise ExportError(f"{folder} is there already and is not empty; {hint}")
@@ -107,6 +107,7 @@ def export(
     manifest = trained.manifest()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    before = partial.with_name(f"{partial.name}.before")
     try:
         partial.chmod(0o755)
         tensors = trained.tensors()
@@ -128,11 +129,14 @@ def export(
             write_atomically(partial / name, text)
         write_atomically(partial / CARD, card(manifest, about or {}))
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, before)
         os.replace(partial, folder)
     except BaseException:
+        if before.exists() and not folder.exists():
+            os.replace(before, folder)
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    shutil.rmtree(before, ignore_errors=True)
     return manifest
 
 

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -23,37 +23,47 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     OSError
         The disk is full, or the folder cannot be written; nothing half-written stays behind.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = content.encode() if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)  # mkstemp's is for the owner alone
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with open_atomically(path, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def open_atomically(path: str | Path) -> Iterator[TextIO]:
-    """Open a text file (UTF-8) that appears under its name when the block ends without an error.
+def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a file that appears under its name when the block ends without an error.
 
     Arguments
     ---------
     path : str | Path
         Its folder is made if it is not there.
+    mode : str
+        "w" for text (UTF-8, lines end as they are written), "wb" for bytes.
+
+    Raises
+    ------
+    OSError
+        As :func:`write_atomically`, which names the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+        with os.fdopen(handle, mode, **text) as file:
             yield file
         os.chmod(name, 0o644)  # mkstemp's is for the owner alone
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # no space left, say
         raise
+
+
+def sync(folder: Path) -> None:
+    """Have the files of a folder written to the disk: a machine that stops loses none of them."""
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

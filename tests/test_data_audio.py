@@ -19,6 +19,7 @@ from hff_modules.data.manifest import (
     summarize_manifest,
     write_manifest,
 )
+from hff_modules.files import open_atomically
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +148,14 @@ def test_manifest_reads_back_what_was_written_also_through_speechbrain(tmp_path)
 def test_a_dollar_in_a_transcript_is_just_a_character(tmp_path):
     write_manifest(tmp_path / "m.csv", [row("a", wrd="$FIVE AND $data_root")])
     assert read_rows(tmp_path / "m.csv", "/x")["a"]["wrd"] == "$FIVE AND $data_root"
+
+
+def test_a_full_disk_is_said_with_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"No space left.*results.json"):
+        with open_atomically(tmp_path / "results.json") as file:
+            file.write("{")
+            raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_the_old_manifest_and_no_rests(tmp_path, monkeypatch):

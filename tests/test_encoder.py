@@ -7,8 +7,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from speechbrain.dataio.dataset import DynamicItemDataset
 
 from hff_modules import HierarchicalFusion, SSLEncoder, adapters
+from hff_modules.data.loading import filled_cache
 from hff_modules.frontend import KaldiLogMel, WhisperLogMel
 from tests.conftest import FAMILIES
 
@@ -449,6 +451,13 @@ def test_lengths_that_are_no_shares_are_refused(encoder_folder, wav_lens):
     encoder = SSLEncoder(encoder_folder, layers=4)
     with pytest.raises(ValueError, match="wav_lens: expected each utterance's share"):
         encoder(torch.zeros(2, 8000), torch.tensor(wav_lens))
+
+
+def test_utterances_that_whisper_cannot_take_are_named_before_the_work(make_encoder_folder):
+    encoder = SSLEncoder(make_encoder_folder("whisper"), layers=4)
+    data = DynamicItemDataset({n: {"wav": n, "duration": s} for n, s in (("a", 0.9), ("b", 1.1))})
+    with pytest.raises(ValueError, match=r"1 utterances \(b\) are longer than the 1 s that"):
+        filled_cache({"cache": None}, encoder, [data])
 
 
 def test_wrong_layers_and_precision_are_refused(encoder_folder):

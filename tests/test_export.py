@@ -313,7 +313,7 @@ def test_what_cannot_be_folded_in_is_refused_and_nothing_is_left(trained, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_folder_is_replaced_only_when_asked(trained, tmp_path):
+def test_an_existing_folder_is_replaced_only_when_asked(trained, tmp_path, monkeypatch):
     folder, _ = trained("weighted_sum")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
@@ -324,6 +324,10 @@ def test_an_existing_folder_is_replaced_only_when_asked(trained, tmp_path):
         export(folder, tmp_path / "model")
     export(folder, tmp_path / "model", force=True)
     assert (tmp_path / "notes" / "a.txt").read_text() == "mine"
+    monkeypatch.chdir(tmp_path / "model")
+    export(folder, ".", force=True)
+    assert (tmp_path / "model" / "hff.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "notes"]
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,14 @@ def filled_cache(
     -------
     StateCache | None
         None where no cache is wanted, or nothing can be kept.
+
+    Raises
+    ------
+    ValueError
+        An utterance is longer than the encoder takes at once (Whisper's 30 s).
     """
+    datasets = list(datasets)
+    _refuse_too_long(encoder, datasets)
     if hparams["cache"] is None or not encoder.stored_layers:
         return None
     cache = StateCache(
@@ -87,6 +94,21 @@ def filled_cache(
     if not if_main_process():
         cache.fill(wavs, seconds, speeds=speeds)  # nothing is missing: finds out where to read
     return cache
+
+
+def _refuse_too_long(encoder: torch.nn.Module, datasets: Iterable[DynamicItemDataset]) -> None:
+    most = encoder.maximum_samples
+    if most is None:
+        return
+    for dataset in datasets:
+        rate = SAMPLE_RATE / min(speeds_of(dataset))  # at its slowest it has the most samples
+        longer = [n for n in dataset.data_ids if dataset.data[n]["duration"] * rate > most]
+        if longer:
+            named = ", ".join(longer[:3]) + (", ..." if len(longer) > 3 else "")
+            raise ValueError(
+                f"{len(longer)} utterances ({named}) are longer than the {most / SAMPLE_RATE:g} s "
+                f"that {encoder.source} takes at once; cut them or leave them out"
+            )
 
 
 def end_if_only_filled(hparams: Mapping[str, Any], *caches: StateCache | None) -> None:
