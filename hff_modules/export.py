@@ -49,6 +49,7 @@ from hff_modules.export_format import (
     TOKENIZER,
     ExportError,
     describe_encoder,
+    read_json,
 )
 from hff_modules.export_texts import COUNTS, card, hyperparams
 from hff_modules.exported import build
@@ -57,6 +58,7 @@ from hff_modules.ngram import LM_FILE
 from hff_modules.source import BUILTIN, PREPROCESSORS
 
 CARD = "README.md"
+RUN = "a finished run"
 RESULTS = ("test", "dev", "epochs", "seed")
 
 
@@ -153,18 +155,18 @@ class TrainedRun:
 
     def __init__(self, folder: Path, base: str | None = None):
         self.folder = folder
-        self.results = _read(folder / "results.json")
+        self.results = read_json(folder / "results.json", RUN)
         self.task = self.results.get("task", "asr")
         self.config = read_config(folder / "config.yaml")
         checkpoint = self._best()
-        saved = _read(checkpoint / CHECKPOINT)
+        saved = read_json(checkpoint / CHECKPOINT, RUN)
         self.encoder = self._encoder(saved["encoder"], base)
         for method, options in (self.config["adapters"] or {}).items():
             adapters.attach(self.encoder, method, **options)
         if self.task == "asr":
             self.units = load_units(folder / "units")
         elif self.task == "classification":
-            self.labels = _read(folder / LABELS)
+            self.labels = read_json(folder / LABELS, RUN)
         with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten below
             states = {"num_states": len(self.encoder.layers)}
             self.fusion_described, self.fusion = _made(
@@ -399,7 +401,7 @@ def pack_encoder(encoder: SSLEncoder, folder: Path) -> None:
         weights = _files(encoder, "model.safetensors")
     if not weights:
         shards = _files(encoder, "model.safetensors.index.json")
-        names = {n for path in shards for n in _read(path)["weight_map"].values()}
+        names = {n for path in shards for n in read_json(path)["weight_map"].values()}
         weights = [*shards, *_files(encoder, *sorted(names))]
     folder.mkdir(parents=True)
     for path in [*files, *weights]:
@@ -408,15 +410,6 @@ def pack_encoder(encoder: SSLEncoder, folder: Path) -> None:
 
 def _json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExportError(f"{path} is missing: this is no finished run") from None
-    except ValueError as error:
-        raise ExportError(f"{path} is not JSON: {error}") from None
 
 
 def push(folder: str | Path, name: str, private: bool = False) -> str:
@@ -436,7 +429,7 @@ def push(folder: str | Path, name: str, private: bool = False) -> str:
     str
         Its address.
     """
-    encoder = _read(Path(folder) / MANIFEST)["encoder"]
+    encoder = read_json(Path(folder) / MANIFEST)["encoder"]
     if Path(encoder["source"]).is_absolute() and not encoder["packed"]:
         raise ExportError(
             f"{folder} was made on the encoder in {encoder['source']}, which others do not have; "

@@ -85,12 +85,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_json(path: Path) -> Any:
-    """Read one of the folder's JSON files."""
+def read_json(path: Path, of: str = "a whole exported model") -> Any:
+    """Read one of a folder's JSON files; without it, the folder is none ``of`` those."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ExportError(f"{path.parent} has no {path.name}: not a whole exported model") from None
+        raise ExportError(f"{path.parent} has no {path.name}: not {of}") from None
     except ValueError as error:
         raise ExportError(f"{path} is not JSON: {error}") from None
 
