@@ -23,6 +23,7 @@ from hff_modules.tables import markdown
 MEANS = ("train_seconds", "step_seconds", "peak_memory_mb", "trainable_parameters")
 KNOWN = ("known_units", "new_units")
 OF_ONE = ("test", "history", "lm", "start_from", "language", "reach", "layer_weights", "chosen")
+OF_ONE += ("settings", "dataset")
 
 
 def together(runs: Sequence[dict[str, Any]], languages: Sequence[str]) -> list[dict[str, Any]]:
