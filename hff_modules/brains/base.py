@@ -325,7 +325,10 @@ class SSLBrain(sb.Brain):
                     f"--test_only: there is no checkpoint in {self.checkpointer.checkpoints_dir}"
                 )
             if self.meter.history:
-                raise ValueError(f"{min_key or max_key} on dev was finite after no epoch")
+                raise ValueError(
+                    "there is no checkpoint to test: no epoch of the method itself ended with a "
+                    f"finite {min_key or max_key} on dev"
+                )
             return
         self.trained.load(best.paramfiles["trained"])
         if self.test_only:
