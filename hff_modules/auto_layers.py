@@ -360,7 +360,7 @@ def choose_layers(
     run_on_main(_write_choice, args=[hparams, run_opts, task, train, dev, path])
     chosen = json.loads(path.read_text(encoding="utf-8"))
     logger.info(f"layers: {hparams['auto_layers']}: {chosen['chosen']}; {chosen['verdict']}")
-    return rebuilt(hparams, layers=chosen["chosen"])
+    return rebuilt(hparams, layers=chosen["chosen"]) | {"auto_layers": hparams["auto_layers"]}
 
 
 def _analysis(hparams, run_opts, task, train, dev, cache) -> Analysis:

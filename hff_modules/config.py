@@ -13,8 +13,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,8 @@ from hyperpyyaml.core import recursive_update
 METHODS = Path(__file__).resolve().parent.parent / "hparams"  # one file per method, for all recipes
 
 # SpeechBrain's run options that decide about results: keys of ours, too, so that they are compared
-DECISIVE = ("precision", "max_grad_norm", "grad_accumulation_factor", "optimizer_step_limit")
+DECISIVE = ("precision", "eval_precision", "max_grad_norm", "grad_accumulation_factor")
+DEBUG = "-debug"  # behind the name of the folder of a run that only tries a few batches
 # What may change between two commands that work on one run: where things lie (the encoder's content
 # is compared, not its name), what is stored and logged, and what follows training.
 MAY_CHANGE = (
@@ -40,7 +39,7 @@ MAY_CHANGE = (
 
 
 def separated(argv: Sequence[str]) -> list[str]:
-    """A command line on which each ``--key=value`` is two words.
+    """A command line on which each ``--key=value`` is two words, the method file in front.
 
     Example
     -------
@@ -48,7 +47,8 @@ def separated(argv: Sequence[str]) -> list[str]:
     ['fusion', '--language', '[fr, ml]', '--seed', '1']
     """
     line = []
-    for word in argv:
+    ahead = list(itertools.takewhile(lambda word: word.startswith("--") and "=" in word, argv))
+    for word in [*argv[len(ahead) :], *ahead]:
         key, equals, value = word.partition("=")
         line += [key, value] if equals and key.startswith("--") else [word]
     return line
@@ -145,7 +145,11 @@ def load_config(
             merged[key] = getattr(run_opts, key)
     if run_opts.debug and not run_opts.debug_persistently and "output_folder" in merged:
         # As SpeechBrain does with its checkpoints: a few batches are no results of a run.
-        merged["output_folder"] = f"{tempfile.gettempdir()}/hff-debug-{os.getppid()}"
+        folder = merged["output_folder"]
+        if _tag(folder):
+            folder.value += DEBUG
+        else:
+            merged["output_folder"] = f"{folder}{DEBUG}"
     asked = merged.get("layers")
     if not is_auto(asked):
         return _build(merged), run_opts

@@ -167,7 +167,8 @@ class Archive:
     """One HDF5 file with a data set for each utterance; under its name when all of it is there.
 
     Until then each utterance is a file in the folder ``<name>.unfinished``: a kill cannot damage
-    what is done, and the next run goes on from there.
+    what is done, and the next run goes on from there. Both together take twice the space at the
+    end.
     """
 
     def __init__(self, path: Path, about: dict[str, Any]):
@@ -181,7 +182,10 @@ class Archive:
         self.there: dict[str, int] = {}  # frames by name
         if path.exists():
             self._look()
-        self.folder = Folder(path.with_name(f"{path.name}.unfinished"), about)
+        folder = path.with_name(f"{path.name}.unfinished")
+        if folder.is_file():
+            raise DumpError(f"{folder} is a file, of an older version perhaps; delete or rename it")
+        self.folder = Folder(folder, about)
 
     def _look(self) -> None:
         try:
@@ -211,7 +215,8 @@ class Archive:
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
-            self._pack()
+            if not self.path.exists() or any(self.folder.path.rglob("*.npy")):
+                self._pack()
             shutil.rmtree(self.folder.path)
 
     def _pack(self) -> None:

@@ -134,8 +134,9 @@ class Exported(nn.Module):
         try:
             self._build(name, shared)
         except BaseException:  # others may use the encoder
-            for own in set(encoder.adapters) - before:
-                adapters.remove(encoder, own)
+            with only(encoder, []):
+                for own in set(encoder.adapters) - before:
+                    adapters.remove(encoder, own)
             raise
         self.fusion.requires_grad_(False)
         self.head.requires_grad_(False)
@@ -418,7 +419,7 @@ def only(encoder: SSLEncoder, names: Iterable[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        _switch(encoder, before)
+        _switch(encoder, {name: on for name, on in before.items() if name in encoder.adapters})
 
 
 def _switch(encoder: SSLEncoder, wanted: Mapping[str, bool]) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hff_modules.cli import run as run_main
+from hff_modules.config import DEBUG
 from hff_modules.files import write_atomically
 
 SCORES = (
@@ -33,7 +34,8 @@ LARGER_IS_BETTER = ("accuracy", "unweighted_accuracy")
 ALIKE = ("task", "dataset", "method", "encoder", "layers", "horizon")
 ALIKE += ("trainable_encoder_parameters", "trainable_parameters")
 # What runs have in common where a label says that they belong together
-OF_A_ROW = ("settings", "dataset", "languages", "encoder", "layers", "trainable_parameters")
+OF_A_ROW = ("settings", "auto_layers", "dataset", "languages", "encoder")
+OF_A_ROW += ("layers", "trainable_parameters")
 _BLOCK = re.compile(
     r"(<!-- table: (\S+)((?: \| [^|\n]+)*) -->\n).*?(<!-- end of table -->)", re.DOTALL
 )
@@ -65,6 +67,8 @@ def collect(folder: str | Path, target: str | Path) -> list[dict]:
     found = {}
     for path in sorted(Path(folder).rglob("results.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
+        if path.parent.name.endswith(DEBUG):
+            continue
         same = json.dumps([_identity(run), run["seed"], run.get("fold")])
         if not run.get("test"):
             continue
@@ -112,7 +116,7 @@ def add(source: str | Path, target: str | Path) -> list[dict]:
             before = found.get(same, run)
             if "failed" in run:
                 found[same] = before
-            elif "failed" in before or before == run:
+            elif "failed" in before or _measured(before) == _measured(run):
                 found[same] = run
             else:
                 name = run.get("label") or run["method"]
@@ -125,6 +129,11 @@ def add(source: str | Path, target: str | Path) -> list[dict]:
     _reach_together(runs)
     write_atomically(target, json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
     return runs
+
+
+def _measured(run: dict) -> dict:
+    """A run without what a comparison adds to it, and changes when more runs join."""
+    return {key: value for key, value in run.items() if key not in ("reach", "checkpoint_mb")}
 
 
 def check_rows(runs: Sequence[dict]) -> None:
@@ -140,7 +149,8 @@ def check_rows(runs: Sequence[dict]) -> None:
         if "failed" in run:
             continue
         before = first.setdefault(_identity(run), run)
-        for key in OF_A_ROW:
+        chosen = ("layers", "trainable_parameters") if "auto_layers" in run else ()
+        for key in [key for key in OF_A_ROW if key not in chosen]:
             if key in run and key in before and run[key] != before[key]:
                 name = run.get("label") or run["method"]
                 raise ValueError(
@@ -285,11 +295,11 @@ def _summary(group: Sequence[dict], names: Sequence[str]) -> dict:
     steps = [run["step_seconds"] for run in done if run["step_seconds"] is not None]
     row["step_seconds"] = statistics.median(steps) if steps else None
     row["peak_memory_mb"] = max(run["peak_memory_mb"] for run in done)
-    if "checkpoint_mb" in first:
-        sizes = [run["checkpoint_mb"] for run in done]  # None where it has been deleted since
+    if any("checkpoint_mb" in run for run in done):
+        sizes = [run.get("checkpoint_mb") for run in done]  # None where it has been deleted since
         row["checkpoint_mb"] = None if None in sizes else max(sizes)
-    if "reach" in first:
-        times = [run["reach"]["seconds"] for run in done]
+    if any("reach" in run for run in done):
+        times = [run.get("reach", {}).get("seconds") for run in done]
         row["reach_seconds"] = None if None in times else statistics.mean(times)
     return row
 
@@ -342,13 +352,13 @@ def cells(runs: Sequence[dict]) -> list[list[str]]:
     if any("reach" in run for run in known):
         reach = next(run["reach"] for run in known if "reach" in run)
         head = f"s to dev {score_title(reach['score'])} {reach['value']:.1f} %"
-        columns.append((head, lambda row: _or_dash(row["reach_seconds"], "{:.0f}")))
+        columns.append((head, lambda row: _or_dash(row.get("reach_seconds"), "{:.0f}")))
     columns += [
         ("step ms", lambda row: _or_dash(row["step_seconds"], "{:.0f}", 1000)),
         ("peak MB", lambda row: f"{row['peak_memory_mb']:.0f}"),
     ]
     if any("checkpoint_mb" in run for run in known):
-        columns.append(("checkpoint MB", lambda row: _or_dash(row["checkpoint_mb"], "{:.1f}")))
+        columns.append(("checkpoint MB", lambda row: _or_dash(row.get("checkpoint_mb"), "{:.1f}")))
     if any("failed" in run for run in runs):
         columns.append(("failed", lambda row: "; ".join(row["failed"])))
     table = [[head for head, _ in columns]]

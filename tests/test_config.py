@@ -28,6 +28,7 @@ def test_keys_are_found_in_both_ways_of_writing_them():
         *("fusion", "--few_shot", "true", "--source_languages", "[ca, it]"),
         *("--check_only", "true"),
     ]
+    assert switched_on(["--language=mt", "fusion"]) == ["fusion", "--language", "mt"]
     assert without_wait(["--start_from=a=b"])[-2:] == ["--frozen_epochs", "0"]
     assert without_wait(["--start_from=a", "--frozen_epochs=3"])[-1] == "--frozen_epochs=3"
 

@@ -136,6 +136,12 @@ def test_more_utterances_join_a_finished_archive(encoder_folder, tones, tmp_path
     dump.dump(encoder_folder, str(tones), target, **line)
     assert len(read_archive(target)) == 12
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.h5"]
+    before = target.stat().st_ino
+    dump.dump(encoder_folder, str(tones), target, **line)
+    assert target.stat().st_ino == before, "nothing to do"
+    (tmp_path / "new.h5.unfinished").write_text("of an older version")
+    with pytest.raises(DumpError, match="new.h5.unfinished is a file"):
+        dump.dump(encoder_folder, str(tones), tmp_path / "new.h5", **line)
 
 
 def test_another_model_or_other_audio_of_the_same_name_is_refused(

@@ -269,13 +269,24 @@ def test_a_refused_model_leaves_no_adapter_on_a_shared_encoder(
 ):
     folder, _ = trained("tpa")
     export(folder, tmp_path / "model")
-    shared, signals = SSLEncoder(encoder_folder, layers=4), list(read_tones(tones).values())
+    shared, signals = SSLEncoder(encoder_folder, layers=4).eval(), [*read_tones(tones).values()]
     plain, _ = shared(*batched(signals))
     (tmp_path / "model" / "trained.safetensors").unlink()
     for _ in range(2):
         with pytest.raises(ExportError, match="has no trained.safetensors"):
             load_exported(tmp_path / "model", encoder=shared)
     assert not shared.adapters and torch.equal(shared(*batched(signals))[0], plain)
+    folder, _ = trained("bitfit")
+    export(folder, tmp_path / "bitfit")
+    (tmp_path / "bitfit" / "trained.safetensors").write_text("no tensors")
+    mine = adapters.attach(shared, "bitfit", "mine")
+    with torch.no_grad():
+        for parameter in mine.trained():
+            parameter += 0.1
+    tuned, _ = shared(*batched(signals))
+    with pytest.raises(ExportError, match="cannot be read"):
+        load_exported(tmp_path / "bitfit", encoder=shared)
+    assert list(shared.adapters) == ["mine"] and torch.equal(shared(*batched(signals))[0], tuned)
 
 
 def test_packed_models_need_no_other_folder(trained, tones, tmp_path):

@@ -3,7 +3,16 @@ from pathlib import Path
 
 import pytest
 
-from hff_modules.tables import add, collect, filled, is_better_when_larger, main, markdown
+from hff_modules.config import DEBUG
+from hff_modules.tables import (
+    add,
+    check_rows,
+    collect,
+    filled,
+    is_better_when_larger,
+    main,
+    markdown,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,14 +63,16 @@ def test_results_are_gathered_and_written_between_the_marks(tmp_path, capsys):
 def test_runs_of_other_seeds_and_machines_are_added_once(tmp_path, capsys):
     first, second, target = (tmp_path / name for name in ("first.json", "second.json", "all.json"))
     failed = {"method": "tpa", "label": "tpa", "seed": 1, "failed": "out of memory"}
-    first.write_text(json.dumps([run(cer=40.0), failed]))
+    reach = {"score": "cer", "value": 40.0, "seconds": 5.0}
+    first.write_text(json.dumps([run(cer=40.0, reach=reach, checkpoint_mb=3.0), failed]))
     done = run("tpa", cer=36.0, label="tpa")
     second.write_text(json.dumps([run(cer=40.0), run(seed=2, cer=44.0), done]))
     main(["add", str(first), str(target)])
     main(["add", str(second), str(target)])
     main(["add", str(first), str(target)])  # again: nothing new, and what failed is done by now
     assert "3 runs in" in capsys.readouterr().out
-    assert json.loads(target.read_text()) == [run(cer=40.0), done, run(seed=2, cer=44.0)]
+    again = run(cer=40.0, reach=reach, checkpoint_mb=3.0)  # what a comparison adds is no result
+    assert json.loads(target.read_text()) == [again, done, run(seed=2, cer=44.0)]
     before = target.read_text()
     second.write_text(json.dumps([run(seed=2, cer=45.0)]))
     with pytest.raises(ValueError, match="both have fusion, seed 2, with other results"):
@@ -84,6 +95,15 @@ def test_a_row_is_a_mean_over_seeds_and_of_nothing_else(tmp_path):
         (tmp_path / f"{seed}" / "results.json").write_text(text)
     with pytest.raises(ValueError, match="fusion: seed 2 has other settings than seed 1"):
         collect(tmp_path, tmp_path / "m.json")
+
+
+def test_layers_that_are_chosen_may_differ_in_a_row_and_debug_runs_are_none(tmp_path):
+    runs = [run(seed=n, label="a", settings="1", auto_layers="auto:2", layers=[n]) for n in (1, 2)]
+    check_rows(runs)
+    for name in ("1", f"1{DEBUG}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(run()))
+    assert len(collect(tmp_path, tmp_path / "m.json")) == 1
 
 
 def test_runs_that_are_joined_are_timed_to_one_score(tmp_path):

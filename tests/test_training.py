@@ -257,10 +257,11 @@ def test_a_score_that_is_no_number_is_never_the_best(job, tmp_path, monkeypatch)
 
 def test_a_debug_run_leaves_the_results_of_a_run_alone(job, tmp_path):
     options = ["--layers", "[2, 4]", "--number_of_epochs", "1"]
-    job(tmp_path, *options)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    job(tmp_path, *options, "--debug")
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    job(tmp_path / "run", *options)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    job(tmp_path / "run", *options, "--debug")
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert before == after and (tmp_path / "run-debug" / "results.json").is_file()
 
 
 def test_what_speechbrain_takes_as_a_run_option_is_a_setting_of_the_run(job, tmp_path):

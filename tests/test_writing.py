@@ -132,6 +132,8 @@ def test_hebrew_acronyms_are_one_word_and_a_geresh_stays():
         assert hebrew.clean(f"{typed} של") == "דו״ח של"
     assert hebrew.clean("סנדוויץ׳ ו-ג'ירפה") == "סנדוויץ' ו ג'ירפה"
     assert hebrew.clean('אמר: "שלום"') == "אמר שלום"
+    assert hebrew.clean('גר ב"תל אביב" היום') == "גר ב תל אביב היום"
+    assert hebrew.clean('צה"ל אמר "שלום"') == "צה״ל אמר שלום"
 
 
 def test_tibetan_syllables_are_parted_by_their_tsheg():

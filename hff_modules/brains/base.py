@@ -367,13 +367,22 @@ class SSLBrain(sb.Brain):
             **({"frozen_epochs": waited} if waited else {}),
             "seed": self.hparams.seed,
             **({} if fold is None else {"fold": fold}),
-            "settings": digest_of_settings(self.hparams.config, "seed", "fold"),
+            **self._settings(),
             **self.layer_weights(),
             "dev": {name: value for name, value in best.items() if name not in about},
             "test": {name: dict(scores) for name, scores in test.items()},
             "history": history,
             "versions": versions(),
         }
+
+    def _settings(self) -> dict[str, str]:
+        """``settings``: a digest of what runs of one row share; how layers were to be chosen."""
+        without = ["seed", "fold", "start_from"]  # a path, which is another on another machine
+        asked = getattr(self.hparams, "auto_layers", None)
+        if asked is None:
+            return {"settings": digest_of_settings(self.hparams.config, *without)}
+        digest = digest_of_settings(self.hparams.config, *without, "layers")
+        return {"settings": digest, "auto_layers": asked}
 
     def layer_weights(self) -> dict[str, dict[int, float]]:
         """``layer_weights``: {layer: learned weight} where the fusion has them, else nothing."""

@@ -20,7 +20,8 @@ from hff_modules.config import MAY_CHANGE, changed_settings
 from hff_modules.data.loading import batches_by_length
 from hff_modules.files import write_atomically
 
-BATCHES = ("batch_seconds", "num_buckets", "max_batch_size")  # of a run that is only tested
+# May change, too, where a run is only tested
+BATCHES = ("batch_seconds", "num_buckets", "max_batch_size", "precision", "eval_precision")
 
 
 def build_modules(hparams: Mapping[str, Any], **head_sizes: Any) -> dict[str, nn.Module]:

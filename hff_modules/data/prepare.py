@@ -116,8 +116,9 @@ def read_table(
                         f"{path}, line {line}: a text goes over several lines; is a quotation mark "
                         "left open?"
                     )
-                if any(row[column] is None for column in columns) or any(map(str.strip, extra)):
-                    quotes = "; a text with commas needs quotation marks around it" * bool(extra)
+                cut = delimiter == "," and any(map(str.strip, extra))
+                if any(row[column] is None for column in columns) or cut:
+                    quotes = "; a text with commas needs quotation marks around it" * cut
                     raise ValueError(f"{path}, line {line}: expected {len(header)} fields{quotes}")
                 rows.append({**row, LINE: line})
             return rows

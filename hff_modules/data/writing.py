@@ -28,7 +28,11 @@ INITIAL_APOSTROPHE = {"ha": "y", "af": r"n\b", "nl": r"[stnkm]\b", "fy": r"[tkes
 LETTER_APOSTROPHES = "\u02bb\u02bc"  # to Unicode, letters: no quotation marks look so
 GERESH, GERSHAYIM = "\u05f3", "\u05f4"  # of Hebrew; the second, in acronyms, is often typed as "
 APOSTROPHES = f"'\u2019\u2018\u201b{LETTER_APOSTROPHES}\u00b4`\u2032{GERESH}"
-TYPED_GERSHAYIM = re.compile("(?<=[א-ת])(?:[\"\u201c\u201d\u05f4]|['\u2019\u05f3]{2})(?=[א-ת])")
+# Not a quotation that follows a prefix, ב"תל אביב": that has its end, behind a letter, further on
+QUOTED = '(?![^"\u201c\u201d]*[א-ת]["\u201c\u201d](?![א-ת]))'
+TYPED_GERSHAYIM = re.compile(
+    f"(?<=[א-ת])(?:[\"\u201c\u201d]{QUOTED}|\u05f4|['\u2019\u05f3]{{2}})(?=[א-ת])"
+)
 ZWNJ, ZWJ = "\u200c", "\u200d"
 TATWEEL, TSHEG = "\u0640", "\u0f0b"
 INSIDE = "\u055b\u055c\u055e"  # Armenian writes its emphasis and question marks inside words

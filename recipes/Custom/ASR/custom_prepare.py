@@ -135,8 +135,9 @@ def _read(csv: Path) -> list[dict]:
 def _columns(csv: Path, delimiter: str) -> tuple[str, str, str]:
     """The columns of path, text and speaker: ours, or Common Voice's."""
     with open(csv, encoding="utf-8-sig", errors="replace") as file:
-        header = file.readline().strip().split(delimiter)
-    return COMMON_VOICE if set(COMMON_VOICE[:2]) <= set(header) else ("wav", "text", "speaker")
+        header = set(file.readline().strip().split(delimiter))
+    ours, theirs = ("wav", "text", "speaker"), COMMON_VOICE
+    return theirs if header >= set(theirs[:2]) and not header >= set(ours[:2]) else ours
 
 
 def _usable(csv: Path, rows: Sequence[dict], max_bad_share: float) -> list[dict]:
