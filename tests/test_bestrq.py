@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,54 @@ def test_a_run_goes_on_where_it_stopped(speech, trained):
     assert before[-1]["steps"] == 75 and after[-1]["steps"] == 80
     assert after[-1]["valid"]["masked_loss"] < before[0]["valid"]["masked_loss"]
     assert after[-1]["hours"] > before[-1]["hours"]
+
+
+def test_a_run_whose_budget_is_spent_is_not_trained_further(speech, tmp_path):
+    _recipe_main()(_arguments(speech, tmp_path, max_steps=4))
+    before = _history(tmp_path)
+    for steps in (4, 3):
+        _recipe_main()(_arguments(speech, tmp_path, max_steps=steps))
+    assert _history(tmp_path) == before and before[-1]["steps"] == 4
+
+
+def test_in_one_process_the_epochs_take_all_parts_of_the_speech(speech, tmp_path, monkeypatch):
+    heard, collate = [], masked_speech.SpeechSegments.collate
+
+    def noted(segments, indices):
+        heard.extend(indices if segments.part == "train" else [])
+        return collate(segments, indices)
+
+    monkeypatch.setattr(masked_speech.SpeechSegments, "collate", noted)
+    _recipe_main()(_arguments(speech, tmp_path, max_steps=40, epoch_hours=0.007))
+    with open(tmp_path / "prepared" / "train.csv") as table:
+        assert len(set(heard)) == len(table.readlines()) - 1
+    assert len(_history(tmp_path)) >= 3
+
+
+def test_a_mistake_in_the_first_command_does_not_bind_the_second(speech, tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a table"):
+        _recipe_main()(_arguments(speech, tmp_path, max_steps=2, sources=f"[{speech}x]"))
+    _recipe_main()(_arguments(speech, tmp_path, max_steps=2))
+
+
+def test_codes_of_other_speech_are_not_taken(speech, tmp_path):
+    _recipe_main()(_arguments(speech, tmp_path, max_steps=2))
+    other = {"prepared_folder": f"{tmp_path}/other", "valid_seconds": 8, "max_steps": 3}
+    path = tmp_path / "run" / "settings.json"
+    path.write_text(path.read_text().replace('"valid_seconds": 16', '"valid_seconds": 8'))
+    text = path.read_text().replace(f"{tmp_path}/prepared", f"{tmp_path}/other")
+    path.write_text(text)
+    with pytest.raises(ValueError, match="targets.json is of other speech than .*other holds now"):
+        _recipe_main()(_arguments(speech, tmp_path, **other))
+
+
+def test_speech_of_one_voice_is_refused_as_some_has_to_be_held_out(speech, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for path in speech.glob("00-*"):
+        shutil.copy(path, alone)
+    with pytest.raises(ValueError, match="all speech is of one speaker, .*/00"):
+        speech_prepare.prepare_speech([alone], tmp_path / "prepared", workers=1)
 
 
 def test_a_run_is_not_continued_with_another_configuration(speech, trained):

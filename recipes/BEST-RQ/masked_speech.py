@@ -1,6 +1,7 @@
 """Parts of the pretraining: model and head, masked batches of stored log-mels, codes on disk."""
 
 import csv
+import hashlib
 import json
 import logging
 import math
@@ -23,6 +24,8 @@ from speechbrain.utils.checkpoints import (
 from torch import nn
 from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertModel
 from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert
+
+from hff_modules.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -345,8 +348,15 @@ def make_codes(hparams):
     `codebooks` asks, at most three), "states" (of the teacher's layers `teacher_layers`) or
     "cepstra+states", whose codebooks are those of both.
     """
-    folder = Path(hparams["output_folder"])
-    if (folder / "targets.json").exists():
+    folder, done = Path(hparams["output_folder"]), Path(hparams["output_folder"], "targets.json")
+    prepared = (Path(hparams["prepared_folder"]) / "prepared.json").read_bytes()
+    digest = hashlib.sha256(prepared).hexdigest()[:16]
+    if done.exists():
+        if json.loads(done.read_text()).get("prepared", digest) != digest:
+            raise ValueError(
+                f"{done} is of other speech than {hparams['prepared_folder']} holds now; take "
+                "another --output_folder"
+            )
         return
     features, rows = load_prepared(hparams["prepared_folder"], "train")
     rows = rows + load_prepared(hparams["prepared_folder"], "valid")[1]
@@ -388,8 +398,8 @@ def make_codes(hparams):
             )
     np.save(folder / "codes.part.npy", codes)
     os.replace(folder / "codes.part.npy", folder / "codes.npy")
-    with open(folder / "targets.json", "w", encoding="utf-8") as out:
-        json.dump({"objective": objective, "codebooks": report}, out, indent=1)
+    found = {"objective": objective, "prepared": digest, "codebooks": report}
+    write_atomically(done, json.dumps(found, indent=1))
 
 
 def build_optimizers(pretrainer, weight_decay=0.01, betas=(0.9, 0.98)):

@@ -113,9 +113,10 @@ def publish(folder, rounds, data_root, licences, cores):
     for number, report in enumerate(reports, 1):
         last, targets = report["history"][-1], report["targets"]
         layers = report["config"].get("teacher_layers")
-        what = f"{len(targets['codebooks'])} × {report['config']['codes']} clusters of "
-        parts = {"cepstra": "cepstra", "states": f"states after blocks {layers}"}
-        what += " and of ".join(parts[part] for part in targets["objective"].split("+"))
+        what = f"{len(targets['codebooks'])} × {report['config']['codes']} "
+        parts = {"best_rq": "codes of random projections", "cepstra": "clusters of cepstra"}
+        parts["states"] = f"clusters of states after blocks {layers}"
+        what += " and ".join(parts[part] for part in targets["objective"].split("+"))
         table.append(
             f"| {number} | {what} | {report['config']['num_layers']} | {last['steps']} | "
             f"{last['hours']:.1f} | {last['seconds']:.0f} | {last['valid']['masked_loss']:.2f} | "

@@ -189,6 +189,12 @@ def prepare_speech(
 
     valid = _hold_out(rows, valid_seconds * 100 / stride, seed)
     hours = Counter()
+    if valid >= {row[1] for row in rows}:
+        raise ValueError(
+            f"{settings['sources']}: all speech is of one speaker, {min(valid)}, as far as folders "
+            "and tables tell (a column client_id, or file names up to the first - or _), and some "
+            "has to be held out"
+        )
     for split in ("train", "valid"):
         part = [row for row in rows if (row[1] in valid) == (split == "valid")]
         hours[split] = sum(row[3] for row in part) * stride / 360000

@@ -9,7 +9,9 @@ The objective is BEST-RQ's (Chiu et al., arXiv 2202.01855), or HuBERT's clusters
 
 import json
 import logging
+import math
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -61,7 +63,7 @@ class Pretraining(sb.Brain):
         for name, optimizer in self.optimizers_dict.items():
             for group in optimizer.param_groups:
                 group["lr"] = factor * getattr(self.hparams, f"lr_{name}")
-        if share >= 1 or self.optimizer_step + 1 == self.hparams.max_steps:
+        if share >= 1 or self.optimizer_step + 1 >= (self.hparams.max_steps or math.inf):
             self.optimizer_step_limit = self.optimizer_step + 1
         log = if_main_process() and self.optimizer_step % self.hparams.log_steps == 0
         if log and self.sums[2] > 0:
@@ -71,6 +73,17 @@ class Pretraining(sb.Brain):
                 *(self.optimizer_step, self.progress.seconds, 100 * share, loss, accuracy),
             )
         return super().fit_batch(batch)
+
+    def on_fit_start(self):
+        """Goes on from the last checkpoint; a run whose budget is spent is not trained further."""
+        super().on_fit_start()
+        if not self.distributed_launch:  # else SpeechBrain has its own, and tells it the epoch
+            self.train_sampler = self.batches
+        counter, steps = self.hparams.epoch_counter, self.hparams.max_steps
+        spent = self.progress.seconds >= self.hparams.budget_seconds
+        if spent or (steps is not None and self.optimizer_step >= steps):
+            logger.info("the budget of this run is spent: %s", self.hparams.encoder_folder)
+            counter.limit = counter.current
 
     def init_optimizers(self):
         """One optimizer for the encoder and one, with its own rate, for the head."""
@@ -86,6 +99,10 @@ class Pretraining(sb.Brain):
         self.guessed = [set() for _ in range(self.hparams.codebooks)]
         if stage == sb.Stage.TRAIN:
             self.frames = 0
+            # Checkpoints lie at the ends of epochs: a run that goes on draws the same masks.
+            seed = self.hparams.seed + 1000 * epoch + int(os.environ.get("RANK", 0))
+            random.seed(seed)
+            torch.manual_seed(seed)
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Logs, keeps a checkpoint and exports the encoder after every validation."""
@@ -119,7 +136,7 @@ class Pretraining(sb.Brain):
 
 def check_settings(path, settings, may_change):
     """A run that is continued has the settings it began with, apart from those that may change."""
-    if path.exists():
+    if path.exists() and path.with_name("targets.json").exists():  # else nothing was done
         before = json.loads(path.read_text())
         for key in sorted(before.keys() | settings.keys()):
             if key not in may_change and before.get(key) != settings.get(key):
@@ -174,7 +191,7 @@ def main(argv):
         run_opts,
         hparams["checkpointer"],
     )
-    brain.progress = progress
+    brain.progress, brain.batches = progress, loaders["train"]["batch_sampler"]
     hparams["checkpointer"].add_recoverables(
         {"pretrainer": pretrainer, "progress": progress, "counter": hparams["epoch_counter"]}
     )
