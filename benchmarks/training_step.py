@@ -242,8 +242,8 @@ ROWS: dict[str, Callable] = {
     "our full fine-tuning": ours("last:1", {"full": {}}),
 }
 
-# Whose work a row of ours does; a dash where no peer can: the prefixes of PEFT need a cache of past
-# keys, which encoders do not have.
+# Whose place a row of ours takes, not always with the same work: see README.md. A dash where no
+# peer can: the prefixes of PEFT need a cache of past keys, which encoders do not have.
 PEERS = {
     "fusion [3,6,9]": ["SpeechBrain weighted sum, frozen", "s3prl-style weighted sum, frozen"],
     "Houlsby everywhere": ["SpeechBrain Houlsby (r=256)"],

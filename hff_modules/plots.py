@@ -294,6 +294,6 @@ def layers(report: Mapping[str, Any], path: Path) -> None:
     similar.set_ylabel("layer")
     for set_ticks in (similar.set_xticks, similar.set_yticks):
         set_ticks(numbers[:: max(1, len(numbers) // 13)])
-    figure.colorbar(image, ax=similar, label="linear CKA (1: the same up to rotation)", shrink=0.8)
+    figure.colorbar(image, ax=similar, label="linear CKA of standardised states", shrink=0.8)
     figure.suptitle(f"{Path(report['encoder']).name}, {report['task']}", fontsize=11)
     figure.savefig(path)

@@ -365,7 +365,8 @@ def score_probes(probes: Sequence[nn.Module], dev: StoredSpeech) -> list[dict[st
 def linear_cka(states: torch.Tensor) -> list[list[float]]:
     """Linear centred kernel alignment between states: 1 for the same up to rotation and scale.
 
-    Kornblith et al., ICML 2019 (arXiv 1905.00414).
+    Kornblith et al., ICML 2019 (arXiv 1905.00414). Not debiased: independent states have about
+    width / (width + frames), which is much where a task has one state for each utterance.
 
     Arguments
     ---------
