@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -295,11 +296,13 @@ class Analysis:
         """How long an encoder takes for all of train and dev, from some seconds of noise."""
         length = 10
         noise = 0.1 * torch.randn(2, 16000 * length, device=next(self.encoder.parameters()).device)
-        encoder.eval().encode(noise)
-        start = time.perf_counter()
-        float(encoder.encode(noise)[0].sum())  # waits for a GPU
-        speed = (time.perf_counter() - start) / (2 * length)
-        return speed * self.seconds["all of train and dev"]
+        encoder.eval()
+        taken = []
+        for _ in range(4):  # the first one warms up
+            start = time.perf_counter()
+            float(encoder.encode(noise)[0].sum())  # waits for a GPU
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken[1:]) / (2 * length) * self.seconds["all of train and dev"]
 
 
 def _fits(layers: Sequence[int], costs: Mapping[str, float], limits: Limits) -> bool:

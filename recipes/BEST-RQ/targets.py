@@ -77,9 +77,13 @@ def cepstral_views(features, bounds, num_mels=80, num_cepstra=13):
     list of np.ndarray
         (N, ·) float32, each kind of value with variance 1.
     """
+
+    def cepstra_of(block):  # one block at a time in float32, and nothing of it kept but these
+        mels = block.astype(np.float32).reshape(len(block), -1, num_mels)
+        return dct(mels, axis=-1, norm="ortho")[..., :num_cepstra].copy()
+
     blocks = np.array_split(features, max(1, len(features) // BLOCK))
-    mels = [block.astype(np.float32).reshape(len(block), -1, num_mels) for block in blocks]
-    cepstra = np.concatenate([dct(b, axis=-1, norm="ortho")[..., :num_cepstra] for b in mels])
+    cepstra = np.concatenate([cepstra_of(block) for block in blocks])
     first, last = np.zeros((2, len(features)), np.int64)
     for start, count in bounds:
         first[start : start + count] = start
