@@ -20,8 +20,8 @@ from hff_modules.config import MAY_CHANGE, changed_settings
 from hff_modules.data.loading import batches_by_length
 from hff_modules.files import write_atomically
 
-# May change, too, where a run is only tested
-BATCHES = ("batch_seconds", "num_buckets", "max_batch_size", "precision", "eval_precision")
+# May change, too, with --test_only
+IN_TESTING = ("batch_seconds", "num_buckets", "max_batch_size", "precision", "eval_precision")
 
 
 def build_modules(hparams: Mapping[str, Any], **head_sizes: Any) -> dict[str, nn.Module]:
@@ -74,7 +74,7 @@ def keep(
     begun = any(folder.glob("save/CKPT*"))
     if begun and (folder / "config.yaml").is_file():
         old = (folder / "config.yaml").read_text(encoding="utf-8")
-        may_change = (*MAY_CHANGE, *(BATCHES if test_only else ()))
+        may_change = (*MAY_CHANGE, *(IN_TESTING if test_only else ()))
         changed = [
             f"{key} {then!s:.60} (now {now!s:.60})"
             for key, (then, now) in changed_settings(old, hparams["config"]).items()
