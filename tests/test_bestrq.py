@@ -26,9 +26,11 @@ RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "BEST-RQ"
 sys.path.insert(0, str(RECIPE))
 
 import masked_speech  # noqa: E402
+import publish  # noqa: E402
 import speech_prepare  # noqa: E402
 import targets  # noqa: E402
 
+LICENCES = RECIPE / "licences.json"
 TINY = {
     "num_layers": 2,
     "hidden_size": 48,
@@ -179,6 +181,25 @@ def test_the_result_is_a_folder_that_transformers_and_the_encoder_load(trained):
     encoder = SSLEncoder(str(folder), layers="all")
     states, lengths = encoder(torch.randn(1, 16000), torch.ones(1))
     assert states.shape == (3, 1, int(lengths[0]), 48)
+
+
+def test_a_published_encoder_names_the_licences_of_its_data(speech, trained, tmp_path):
+    rounds, root, folder = [trained / "run" / "encoder"], speech.parent, tmp_path / "mine"
+    with pytest.raises(ValueError, match=f"sets begins {speech.name}"):
+        publish.publish(folder, rounds, root, json.loads(LICENCES.read_text()), "a core")
+    with pytest.raises(ValueError, match="data_root: .* is not in"):
+        publish.publish(folder, rounds, tmp_path, {}, "a core")
+    assert not folder.exists()
+
+    sets = [[speech.name, "Tones", "MIT"], [speech.name[:2], "Others", "CC0"]]
+    own = {"licence": "mit", "sets": sets, "remarks": "None of it is speech."}
+    publish.publish(folder, rounds, root, own, "a core")
+    card = (folder / "README.md").read_text()
+    assert f"| Tones: {speech.name} | MIT |" in card and "license: mit\n" in card
+    assert card.endswith("\nNone of it is speech.\n") and "CC" not in card and "EmoDB" not in card
+    assert str(root) not in (folder / "training.json").read_text() + card
+    assert (folder / "curves.png").stat().st_size > 0
+    assert SSLEncoder(str(folder), layers=2).hidden_size == 48
 
 
 def test_bf16_is_a_run_option(speech, trained, tmp_path, caplog):

@@ -44,8 +44,9 @@ def job(tones, tmp_path_factory, encoder_folder):
         options = ["--layers", "[2, 4]", *options] if method in ("fusion", "concat") else options
         argv = arguments(output, encoder_folder, method, *options)
         hparams, run_opts = load_config(argv, base)
-        parts = [[folder / train], [folder / "all.csv"], {"test": folder / test}]
-        return train_classification(hparams, run_opts, folder, *parts)
+        parts = {"train": train, "dev": "all.csv", "test": test}
+        manifests = {part: folder / csv for part, csv in parts.items()}
+        return train_classification(hparams, run_opts, folder, manifests)
 
     return run
 

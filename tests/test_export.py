@@ -399,7 +399,8 @@ def utterance_run(tmp_path_factory, encoder_folder, tones):
         hparams, run_opts = load_config(line, base)
         csv = folder / "all.csv"
         if task == "classification":
-            train_classification(hparams, run_opts, tones, [csv], [csv], {"tones": csv})
+            manifests = {"train": csv, "dev": csv, "tones": csv}
+            train_classification(hparams, run_opts, tones, manifests)
             return folder / "run"
         for row in table[6:]:  # other speakers
             row["spk_id"] = row["spk_id"].replace("s", "t")
@@ -410,8 +411,8 @@ def utterance_run(tmp_path_factory, encoder_folder, tones):
         listed = folder / "trials.txt"
         listed.write_text("\n".join(trials) + "\n")
         test, lists = folder / "test.csv", {"dev": listed, "tones": listed}
-        train = [folder / "train.csv"]
-        train_speaker(hparams, run_opts, tones, train, test, {"tones": test}, lists)
+        manifests = {"train": folder / "train.csv", "dev": test, "tones": test}
+        train_speaker(hparams, run_opts, tones, manifests, lists)
         return folder / "run"
 
     return run

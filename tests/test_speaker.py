@@ -51,9 +51,8 @@ def job(voices, tmp_path_factory, encoder_folder):
         hparams, run_opts = load_config(arguments(output, encoder_folder, method, *options), base)
         test = folder / "test.csv"
         lists = {"dev": folder / "trials.txt", "test": folder / trials}
-        return train_speaker(
-            hparams, run_opts, folder, [folder / train], test, {"test": test}, lists
-        )
+        manifests = {"train": folder / train, "dev": test, "test": test}
+        return train_speaker(hparams, run_opts, folder, manifests, lists)
 
     return run
 

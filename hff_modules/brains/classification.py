@@ -6,7 +6,7 @@ arXiv 2105.01051).
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +124,7 @@ def train_classification(
     hparams: dict[str, Any],
     run_opts: Any,
     data_root: str | Path,
-    train: Iterable[str | Path],
-    dev: Iterable[str | Path],
-    test: Mapping[str, str | Path],
+    manifests: Mapping[str, str | Path],
 ) -> dict[str, Any]:
     """Train and test a classifier on manifests; leaves checkpoints and ``results.json``.
 
@@ -137,10 +135,8 @@ def train_classification(
     run_opts : speechbrain.utils.run_opts.RunOptions
     data_root : str | Path
         What ``$data_root`` stands for in the manifests.
-    train, dev : Iterable[str | Path]
-        Manifests.
-    test : Mapping[str, str | Path]
-        Manifest of each test set, by name.
+    manifests : Mapping[str, str | Path]
+        Of ``train``, ``dev`` and, under any other names, test sets.
 
     Returns
     -------
@@ -153,13 +149,11 @@ def train_classification(
         A slot with a single class, or a class in dev or test that the training part lacks.
     """
     slots = hparams["slots"]
-    parts = {"train": list(train), "dev": list(dev), **{name: [csv] for name, csv in test.items()}}
     columns = ("ID", "duration", "wav", *slots)
-    datasets = {name: read_speech(csvs, data_root, columns) for name, csvs in parts.items()}
-    sources = {name: ", ".join(map(str, csvs)) for name, csvs in parts.items()}
-    labels = find_labels(datasets["train"], slots, sources["train"])
+    datasets = {name: read_speech([csv], data_root, columns) for name, csv in manifests.items()}
+    labels = find_labels(datasets["train"], slots, manifests["train"])
     for name, dataset in datasets.items():
-        check_labels(dataset, labels, sources[name])
+        check_labels(dataset, labels, manifests[name])
 
     task = LabelTask(labels)
     hparams = choose_layers(hparams, run_opts, task, datasets["train"], datasets["dev"])

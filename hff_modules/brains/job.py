@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import speechbrain as sb
 import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.distributed import if_main_process, run_on_main
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -22,6 +22,29 @@ from hff_modules.files import write_atomically
 
 # May change, too, with --test_only
 IN_TESTING = ("batch_seconds", "num_buckets", "max_batch_size", "precision", "eval_precision")
+
+
+def prepared(hparams: Mapping[str, Any], prepare: Callable[..., Any], *args, **kwargs) -> Any:
+    """Make the output folder and, by one process, the manifests in it.
+
+    Arguments
+    ---------
+    hparams : Mapping[str, Any]
+        With ``data_folder`` and ``output_folder``.
+    prepare : Callable
+        Takes the data's folder, the manifests', and what follows.
+    *args, **kwargs
+        What follows.
+
+    Returns
+    -------
+    Any
+        What ``prepare`` gave, to every process.
+    """
+    folder = Path(hparams["output_folder"])
+    sb.create_experiment_directory(folder)
+    args = [hparams["data_folder"], folder / "manifests", *args]
+    return run_on_main(prepare, args=args, kwargs=kwargs)
 
 
 def build_modules(hparams: Mapping[str, Any], **head_sizes: Any) -> dict[str, nn.Module]:

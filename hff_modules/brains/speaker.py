@@ -6,7 +6,7 @@ s-norm: Matejka et al., Interspeech 2017.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +186,7 @@ def train_speaker(
     hparams: dict[str, Any],
     run_opts: Any,
     data_root: str | Path,
-    train: Iterable[str | Path],
-    dev: str | Path,
-    test: Mapping[str, str | Path],
+    manifests: Mapping[str, str | Path],
     trials: Mapping[str, str | Path],
 ) -> dict[str, Any]:
     """Train embeddings on manifests, score trials; leaves checkpoints and ``results.json``.
@@ -200,12 +198,8 @@ def train_speaker(
     run_opts : speechbrain.utils.run_opts.RunOptions
     data_root : str | Path
         What ``$data_root`` stands for in the manifests.
-    train : Iterable[str | Path]
-        Manifests.
-    dev : str | Path
-        Manifest.
-    test : Mapping[str, str | Path]
-        Manifest of each test set, by name.
+    manifests : Mapping[str, str | Path]
+        Of ``train``, ``dev`` and, under any other names, test sets.
     trials : Mapping[str, str | Path]
         List of trials (:mod:`hff_modules.data.trials`) of ``dev`` and of each test set.
 
@@ -221,13 +215,13 @@ def train_speaker(
         name absent utterances.
     """
     columns = ("ID", "duration", "wav", "spk_id")
-    train = list(train)
-    source = ", ".join(map(str, train))
-    everybody = read_speech(train, data_root, columns)
+    source = manifests["train"]
+    everybody = read_speech([source], data_root, columns)
     train_set = drop_rare_speakers(everybody, hparams["min_utterances"], source)
     of_train = {name: train_set.data[name]["spk_id"] for name in train_set.data_ids}
     evaluated, lists = {}, {}
-    for part, csv in {"dev": dev, **test}.items():
+    for part in [name for name in manifests if name != "train"]:
+        csv = manifests[part]
         dataset = read_speech([csv], data_root, columns)
         known = {dataset.data[name]["spk_id"] for name in dataset.data_ids} & {*of_train.values()}
         if known:
@@ -258,7 +252,7 @@ def train_speaker(
     as_they_are = [dev_set, *test_sets.values()]
     if hparams["cohort_speakers"] > 1:
         chosen = choose_cohort(of_train, hparams["cohort_speakers"], hparams["cohort_utterances"])
-        once_more = read_speech(train, data_root, columns)  # these keep their speed
+        once_more = read_speech([source], data_root, columns)  # these keep their speed
         as_they_are.append(FilteredSortedDynamicItemDataset(once_more, chosen))
     cache = brain.head_first.filled_cache(hparams, [train_set, *as_they_are])
     add_label_items(train_set, {"spk_id": speakers}, encoder.minimum_samples, cache)

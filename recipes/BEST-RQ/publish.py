@@ -15,9 +15,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from hff_modules.cli import run  # noqa: E402
+
 CARD = """---
 library_name: transformers
-license: cc-by-sa-4.0
+license: {licence}
 tags: [speech, self-supervised, wav2vec2-bert]
 ---
 # {name}
@@ -45,15 +47,13 @@ Losses of different targets do not compare. `training.json` has all settings and
 `curves.png` shows them.
 
 ## Data
-Training parts only: no development or test part of any set was heard. Besides, {valid:.2f} hours
-were held out, by speaker, for the curves. Skipped: {skipped}.
+Besides, {valid:.2f} hours were held out, by speaker, for the curves. Skipped: {skipped}.
 
 | source | licence |
 | --- | --- |
 {sources}
 
-EmoDB and the Picovoice speech-to-intent set have no fixed training part and were left out, so that
-later evaluations on them stay clean. One source is under CC BY-SA 4.0, so the weights are, too.
+{remarks}
 """
 
 
@@ -62,7 +62,7 @@ def relative(settings, data_root):
     kept = {}
     for key, value in settings.items():
         if key == "sources":
-            value = [str(Path(source).relative_to(data_root)) for source in value]
+            value = [_below(data_root, source) for source in value]
         if key in ("init", "teacher") and value:
             value = "the round before"
         if not key.endswith("_folder") and key not in ("prepare", "config"):
@@ -81,31 +81,34 @@ def publish(folder, rounds, data_root, licences, cores):
         Encoder folders of all rounds, in their order.
     data_root : str
         Folder that all sources lie in; it is left out of what is written.
-    licences : list of (str, str, str)
-        Beginning of the sources' names, what that set is, its licence; the longest beginning holds.
+    licences : dict
+        ``licence`` of the weights, as the Hugging Face hub spells it; ``sets``, a list of
+        (beginning of the sources' names, what that set is, its licence), of which the longest
+        beginning holds; ``remarks`` on the data, which end the card.
     cores : str
         What it was trained on.
+
+    Raises
+    ------
+    ValueError
+        A source lies elsewhere, or no set has its licence. Nothing is written then.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
-        shutil.copyfile(Path(rounds[-1]) / name, folder / name)
     reports = [json.loads((Path(r) / "training.json").read_text()) for r in rounds]
     config = json.loads((Path(rounds[-1]) / "config.json").read_text())
     data = reports[-1]["data"]
     for report in reports:
         report["config"] = relative(report["config"], data_root)
         report["data"] = {k: v for k, v in report["data"].items() if k != "settings"}
-    (folder / "training.json").write_text(json.dumps({"rounds": reports}, indent=1) + "\n")
 
+    described = {start: (what, licence) for start, what, licence in licences["sets"]}
     sets = {}
     for source in data["settings"]["sources"]:
-        name = str(Path(source).relative_to(data_root))
-        start = max((s for s, _, _ in licences if name.startswith(s)), key=len, default=None)
+        name = _below(data_root, source)
+        start = max((s for s in described if name.startswith(s)), key=len, default=None)
         if start is None:
-            raise ValueError(f"licences: nothing for {name}")
+            raise ValueError(f"licences: none of the sets begins {name}")
         sets.setdefault(start, []).append(name)
-    described = {start: (what, licence) for start, what, licence in licences}
     sources = [
         f"| {described[s][0]}: {_listed(names)} | {described[s][1]} |" for s, names in sets.items()
     ]
@@ -125,7 +128,8 @@ def publish(folder, rounds, data_root, licences, cores):
     stride = reports[-1]["config"]["stride"]
     card = CARD.format(
         name=folder.name,
-        parameters=(folder / "model.safetensors").stat().st_size / 2e6,
+        licence=licences["licence"],
+        parameters=(Path(rounds[-1]) / "model.safetensors").stat().st_size / 2e6,
         layers=config["num_hidden_layers"],
         width=config["hidden_size"],
         rate=100 / stride,
@@ -136,13 +140,26 @@ def publish(folder, rounds, data_root, licences, cores):
         table="\n".join(table),
         skipped=", ".join(f"{count} {why}" for why, count in data["skipped"].items()) or "nothing",
         sources="\n".join(sources),
+        remarks=licences["remarks"],
     )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        shutil.copyfile(Path(rounds[-1]) / name, folder / name)
+    (folder / "training.json").write_text(json.dumps({"rounds": reports}, indent=1) + "\n")
     (folder / "README.md").write_text(card, encoding="utf-8")
     _plot(reports, folder / "curves.png")
 
 
+def _below(data_root, source):
+    if not Path(source).is_relative_to(data_root):
+        raise ValueError(f"data_root: {source} is not in {data_root}")
+    return str(Path(source).relative_to(data_root))
+
+
 def _listed(names):
-    return ", ".join(names) if len(names) < 4 else f"{names[0]} … {names[-1]} ({len(names)} tables)"
+    if len(names) < 4:
+        return ", ".join(names)
+    return f"{names[0]} … {names[-1]} ({len(names)} sources)"
 
 
 def _plot(reports, path):
@@ -160,13 +177,18 @@ def _plot(reports, path):
     figure.savefig(path, dpi=80)
 
 
-if __name__ == "__main__":
+def main(argv):
+    """Publish what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--rounds", nargs="+", required=True)
     parser.add_argument("--data_root", required=True)
-    parser.add_argument("--licences", required=True, help="JSON: [[beginning, set, licence], …]")
+    parser.add_argument("--licences", required=True, help="JSON, see licences.json")
     parser.add_argument("--cores", default="2 CPU cores")
-    given = parser.parse_args()
-    table = json.loads(Path(given.licences).read_text(encoding="utf-8"))
-    publish(given.folder, given.rounds, given.data_root, table, given.cores)
+    given = parser.parse_args(argv)
+    licences = json.loads(Path(given.licences).read_text(encoding="utf-8"))
+    publish(given.folder, given.rounds, given.data_root, licences, given.cores)
+
+
+if __name__ == "__main__":
+    run(main)

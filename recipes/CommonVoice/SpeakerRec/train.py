@@ -5,11 +5,9 @@ python train.py hparams/fusion.yaml --data_folder /data/CommonVoice/fr [--key va
 
 from pathlib import Path
 
-import speechbrain as sb
 from commonvoice_speakers_prepare import prepare_commonvoice_speakers
-from speechbrain.utils.distributed import run_on_main
 
-from hff_modules.brains import train_speaker
+from hff_modules.brains import prepared, train_speaker
 from hff_modules.cli import run
 from hff_modules.config import load_config
 
@@ -19,22 +17,8 @@ BASE = Path(__file__).parent / "hparams" / "commonvoice_speakers.yaml"
 def main(argv: list[str]) -> dict:
     """Run one job; gives what ``results.json`` holds."""
     hparams, run_opts = load_config(argv, BASE)
-    output_folder = Path(hparams["output_folder"])
-    sb.create_experiment_directory(output_folder)
-    manifests, trials = run_on_main(
-        prepare_commonvoice_speakers,
-        args=[hparams["data_folder"], output_folder / "manifests"],
-        kwargs=hparams["drawn"],
-    )
-    return train_speaker(
-        hparams,
-        run_opts,
-        data_root=hparams["data_folder"],
-        train=[manifests["train"]],
-        dev=manifests["dev"],
-        test={"test": manifests["test"]},
-        trials=trials,
-    )
+    manifests, trials = prepared(hparams, prepare_commonvoice_speakers, **hparams["drawn"])
+    return train_speaker(hparams, run_opts, hparams["data_folder"], manifests, trials)
 
 
 if __name__ == "__main__":

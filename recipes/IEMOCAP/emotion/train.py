@@ -5,11 +5,9 @@ python train.py hparams/fusion.yaml --data_folder /data/IEMOCAP [--fold 1..5|all
 
 from pathlib import Path
 
-import speechbrain as sb
 from iemocap_prepare import SESSIONS, prepare_iemocap
-from speechbrain.utils.distributed import run_on_main
 
-from hff_modules.brains import train_classification
+from hff_modules.brains import prepared, train_classification
 from hff_modules.cli import run
 from hff_modules.config import load_config
 from hff_modules.folds import with_folds
@@ -20,21 +18,9 @@ BASE = Path(__file__).parent / "hparams" / "iemocap.yaml"
 def job(argv: list[str]) -> tuple[Path, dict]:
     """Run one fold; gives its folder and what ``results.json`` holds."""
     hparams, run_opts = load_config(argv, BASE)
-    output_folder = Path(hparams["output_folder"])
-    sb.create_experiment_directory(output_folder)
-    manifests = run_on_main(
-        prepare_iemocap,
-        args=[hparams["data_folder"], output_folder / "manifests", hparams["fold"]],
-    )
-    results = train_classification(
-        hparams,
-        run_opts,
-        data_root=hparams["data_folder"],
-        train=[manifests["train"]],
-        dev=[manifests["dev"]],
-        test={"test": manifests["test"]},
-    )
-    return output_folder, results
+    manifests = prepared(hparams, prepare_iemocap, hparams["fold"])
+    results = train_classification(hparams, run_opts, hparams["data_folder"], manifests)
+    return Path(hparams["output_folder"]), results
 
 
 main = with_folds(job, SESSIONS)

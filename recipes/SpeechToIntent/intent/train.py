@@ -5,11 +5,9 @@ python train.py hparams/fusion.yaml --data_folder /data/SpeechToIntent [--key va
 
 from pathlib import Path
 
-import speechbrain as sb
 from intent_prepare import prepare_intent
-from speechbrain.utils.distributed import run_on_main
 
-from hff_modules.brains import train_classification
+from hff_modules.brains import prepared, train_classification
 from hff_modules.cli import run
 from hff_modules.config import load_config
 
@@ -19,19 +17,8 @@ BASE = Path(__file__).parent / "hparams" / "speechtointent.yaml"
 def main(argv: list[str]) -> dict:
     """Run one job; gives what ``results.json`` holds."""
     hparams, run_opts = load_config(argv, BASE)
-    output_folder = Path(hparams["output_folder"])
-    sb.create_experiment_directory(output_folder)
-    manifests = run_on_main(
-        prepare_intent, args=[hparams["data_folder"], output_folder / "manifests"]
-    )
-    return train_classification(
-        hparams,
-        run_opts,
-        data_root=hparams["data_folder"],
-        train=[manifests["train"]],
-        dev=[manifests["dev"]],
-        test={"test": manifests["test"]},
-    )
+    manifests = prepared(hparams, prepare_intent)
+    return train_classification(hparams, run_opts, hparams["data_folder"], manifests)
 
 
 if __name__ == "__main__":
