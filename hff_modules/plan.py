@@ -189,7 +189,7 @@ def make_plan(
     ------
     PlanError
         An unknown or absent key, a value of the wrong kind, two rows of the same name, a method
-        file or a recipe that is not there.
+        file or a recipe that is not there, or ``--debug``.
     """
     source = Path(source)
     _check_keys(keys, KEYS, f"plan {source}")
@@ -215,6 +215,8 @@ def make_plan(
     reach = keys.get("reach")
     if reach is not None and (isinstance(reach, bool) or not isinstance(reach, int | float)):
         raise PlanError(f"plan {source}: reach: expected a score in percent, got {reach!r}")
+    if "--debug" in extra:
+        raise PlanError("--debug leaves nothing to compare; try it with a recipe's train.py")
     folder = Path(output).resolve() if output else _output(keys, source, recipe)
     if "=" in str(folder):
         raise PlanError(f"output {folder}: SpeechBrain cannot handle paths with a '='")

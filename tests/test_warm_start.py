@@ -180,10 +180,11 @@ def test_sources_with_other_options_are_trained_apart(tmp_path):
     [
         ("fr", "expected a list such as"),
         ("[fr, mt]", "mt is the language to be learned"),
+        ("[fr]|--debug", "--debug keeps no checkpoint"),
     ],
 )
 def test_sources_that_are_none_are_refused(given, message):
-    argv = ["hparams/fusion.yaml", "--language", "mt", "--source_languages", given]
+    argv = ["hparams/fusion.yaml", "--language", "mt", "--source_languages", *given.split("|")]
     with pytest.raises(ValueError, match=message):
         sources.train_sources(argv, lambda argv: None)
 

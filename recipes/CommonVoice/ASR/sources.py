@@ -41,7 +41,7 @@ def train_sources(argv: Sequence[str], train: Callable[[list[str]], object]) -> 
     Raises
     ------
     ValueError
-        The new language is one of its sources, or options that are none.
+        The new language is one of its sources, options that are none, or ``--debug``.
     """
     languages = given(argv, "source_languages")
     options = given(argv, "source_options") or {}
@@ -51,6 +51,11 @@ def train_sources(argv: Sequence[str], train: Callable[[list[str]], object]) -> 
             f"got {languages!r}, {options!r}"
         )
     target = given(argv, "language")
+    if "--debug" in argv:
+        raise ValueError(
+            "source_languages: --debug keeps no checkpoint that the second stage could start from; "
+            "take --debug_persistently, or try the stages one by one"
+        )
     shared = {target} & set(languages) if isinstance(target, str) else set()
     if shared:
         raise ValueError(f"source_languages: {min(shared)} is the language to be learned")
