@@ -25,26 +25,19 @@ IN_TESTING = ("batch_seconds", "num_buckets", "max_batch_size", "precision", "ev
 
 
 def prepared(hparams: Mapping[str, Any], prepare: Callable[..., Any], *args, **kwargs) -> Any:
-    """Make the output folder and, by one process, the manifests in it.
+    """Have one process make the manifests; gives what ``prepare`` gave, to every process.
 
     Arguments
     ---------
     hparams : Mapping[str, Any]
         With ``data_folder`` and ``output_folder``.
     prepare : Callable
-        Takes the data's folder, the manifests', and what follows.
+        Takes the data's folder, the one for manifests, and what follows.
     *args, **kwargs
         What follows.
-
-    Returns
-    -------
-    Any
-        What ``prepare`` gave, to every process.
     """
-    folder = Path(hparams["output_folder"])
-    sb.create_experiment_directory(folder)
-    args = [hparams["data_folder"], folder / "manifests", *args]
-    return run_on_main(prepare, args=args, kwargs=kwargs)
+    folders = [hparams["data_folder"], Path(hparams["output_folder"]) / "manifests"]
+    return run_on_main(prepare, args=[*folders, *args], kwargs=kwargs)
 
 
 def build_modules(hparams: Mapping[str, Any], **head_sizes: Any) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ from commonvoice_prepare import check_languages, prepare_commonvoice
 from sources import train_sources
 from speechbrain.utils.distributed import run_on_main
 
-from hff_modules.brains import train_ctc
+from hff_modules.brains import prepared, train_ctc
 from hff_modules.cli import run
 from hff_modules.config import METHODS, given, load_config, switched_on, without_wait
 from hff_modules.data.writing import clean_text_file
@@ -33,13 +33,9 @@ def main(argv: list[str]) -> dict:
     hparams, run_opts = load_config(argv, [BASE, FEW_SHOT] if given(argv, "few_shot") else BASE)
     output_folder = Path(hparams["output_folder"])
     sb.create_experiment_directory(output_folder)
-    keys = (
-        "data_folder language max_minutes max_dev_minutes max_missing keep_harakat "
-        "drop_shared_texts"
-    ).split()
-    options = {key: hparams[key] for key in keys}
-    options["save_folder"] = output_folder / "manifests"
-    manifests = run_on_main(prepare_commonvoice, kwargs=options)
+    keys = "language max_minutes max_dev_minutes max_missing keep_harakat drop_shared_texts"
+    options = {key: hparams[key] for key in keys.split()}
+    manifests = prepared(hparams, prepare_commonvoice, **options)
     train = [parts["train"] for parts in manifests.values()]
     rules = [hparams["language"], hparams["keep_harakat"]]
     hparams["lm_text"] = run_on_main(

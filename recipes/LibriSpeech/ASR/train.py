@@ -8,9 +8,8 @@ from pathlib import Path
 
 import speechbrain as sb
 from librispeech_prepare import prepare_librispeech
-from speechbrain.utils.distributed import run_on_main
 
-from hff_modules.brains import train_ctc
+from hff_modules.brains import prepared, train_ctc
 from hff_modules.cli import run
 from hff_modules.config import load_config
 
@@ -22,13 +21,8 @@ def main(argv: list[str]) -> dict:
     hparams, run_opts = load_config(argv, BASE)
     sb.create_experiment_directory(hparams["output_folder"])
     train, dev, test = (hparams[f"{part}_splits"] for part in ("train", "dev", "test"))
-    options = {
-        "data_folder": hparams["data_folder"],
-        "save_folder": Path(hparams["output_folder"]) / "manifests",
-        "splits": [*train, *dev, *test],
-        "max_hours": hparams["max_hours"],
-    }
-    manifests = run_on_main(prepare_librispeech, kwargs=options)
+    splits = [*train, *dev, *test]
+    manifests = prepared(hparams, prepare_librispeech, splits, hparams["max_hours"])
     return train_ctc(
         hparams,
         run_opts,
