@@ -4,7 +4,8 @@ HyperPyYAML's ``!include`` nests and cannot merge, so a file may name another on
 
     extends: base/ctc.yaml       # a file beside this one, or else in the project's hparams
 
-Top-level keys of the refining file replace those of the file that it extends. The merge happens
+Top-level keys of the refining file replace those of the file that it extends; of several files,
+``extends: [tpa.yaml, fusion.yaml]``, a later one's replace an earlier one's. The merge happens
 before HyperPyYAML resolves ``!ref``, ``!new`` and the like, so all of them see the final values.
 """
 
@@ -250,10 +251,10 @@ def merge_files(path: Path, seen: tuple[Path, ...] = ()) -> ruamel.yaml.Commente
         own = ruamel.yaml.CommentedMap()
     if not isinstance(own, dict):
         raise ValueError(f"{path}: expected `key: value` lines, found {type(own).__name__}")
-    parent = own.pop("extends", None)
-    if parent is None:
-        return own
-    merged = merge_files(_parent(path, str(parent)), (*seen, path))
+    parents = own.pop("extends", [])
+    merged = ruamel.yaml.CommentedMap()
+    for parent in parents if isinstance(parents, list) else [parents]:
+        merged.update(merge_files(_parent(path, str(parent)), (*seen, path)))
     merged.update(own)
     return merged
 

@@ -50,6 +50,8 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
     try:
         with os.fdopen(handle, mode, **text) as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that stops may leave an empty file
         os.chmod(name, 0o644)  # mkstemp's is for the owner alone
         os.replace(name, path)
     except BaseException as error:

@@ -44,6 +44,15 @@ def test_command_line_wins_over_method_over_base_over_what_it_extends(files):
     assert hparams == {"one": "task", "two": "base", "three": "method", "four": "line"}
 
 
+def test_of_several_files_that_are_extended_the_later_one_wins(files):
+    folder = files(
+        a="one: a\ntwo: a\nthree: a\n",
+        b="two: b\nthree: b\n",
+        both="extends: [a, b]\nthree: both\n",
+    )
+    assert merge_files(folder / "both.yaml") == {"one": "a", "two": "b", "three": "both"}
+
+
 def test_references_and_objects_see_the_merged_values(files):
     folder = files(
         base="size: 1\nthing: !new:collections.Counter\n    n: !ref <size>\nname: !ref m/<size>\n",

@@ -14,7 +14,6 @@ from hff_modules.data import audio
 from hff_modules.data.audio import AudioError, audio_info, read_audio
 from hff_modules.data.manifest import (
     ManifestError,
-    read_manifest,
     read_rows,
     summarize_manifest,
     write_manifest,
@@ -138,11 +137,11 @@ def test_manifest_reads_back_what_was_written_also_through_speechbrain(tmp_path)
     soundfile.write(tmp_path / "a.wav", tone(), 16000)
     rows = [row("a", wrd='SAID "HI", HE'), row("b", wrd="ÜBER DEN FLUSS", spk_id="s2")]
     write_manifest(tmp_path / "m.csv", rows)
-    ours = read_manifest(tmp_path / "m.csv", data_root=tmp_path)
+    ours = read_rows(tmp_path / "m.csv", data_root=tmp_path)
     theirs = DynamicItemDataset.from_csv(tmp_path / "m.csv", {"data_root": tmp_path})
-    assert ours.data == theirs.data
-    assert ours.data["a"]["wav"] == str(tmp_path / "a.wav")
-    assert [ours.data[name]["wrd"] for name in "ab"] == ['SAID "HI", HE', "ÜBER DEN FLUSS"]
+    assert ours == theirs.data
+    assert ours["a"]["wav"] == str(tmp_path / "a.wav")
+    assert [ours[name]["wrd"] for name in "ab"] == ['SAID "HI", HE', "ÜBER DEN FLUSS"]
 
 
 def test_a_dollar_in_a_transcript_is_just_a_character(tmp_path):
@@ -209,19 +208,10 @@ def test_broken_manifests_are_refused_with_file_line_and_column(tmp_path, conten
         read_rows(tmp_path / "m.csv")
 
 
-def test_a_wrong_data_root_is_noticed_at_once(tmp_path):
-    write_manifest(tmp_path / "m.csv", [row("a")])
-    with pytest.raises(ManifestError, match=r"/elsewhere/a\.wav is not there"):
-        read_manifest(tmp_path / "m.csv", data_root="/elsewhere")
-
-
-def test_summary_counts_hours_utterances_and_speakers_also_of_a_part(tmp_path):
+def test_summary_counts_hours_utterances_and_speakers(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(), 16000)
     rows = [row("a", duration=1800), row("b", duration=900), row("c", duration=9, spk_id="s2")]
     write_manifest(tmp_path / "m.csv", rows)
     whole = summarize_manifest(tmp_path / "m.csv")
     assert (whole.hours, whole.utterances, whole.speakers) == (2709 / 3600, 3, 2)
     assert str(whole) == "0.75 h, 3 utterances of 9.0 to 1800.0 s, 2 speakers"
-    data = read_manifest(tmp_path / "m.csv", tmp_path)
-    part = data.filtered_sorted(key_max_value={"duration": 99})
-    assert str(summarize_manifest(part)) == "0.1 min, 1 utterances of 9.0 to 9.0 s, 1 speakers"

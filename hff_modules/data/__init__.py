@@ -4,7 +4,6 @@ from hff_modules.data.audio import AudioError, AudioInfo, audio_info, read_audio
 from hff_modules.data.manifest import (
     ManifestError,
     ManifestSummary,
-    read_manifest,
     summarize_manifest,
     write_manifest,
 )
@@ -23,7 +22,6 @@ __all__ = [
     "load_units",
     "prepare_spoken",
     "read_audio",
-    "read_manifest",
     "summarize_manifest",
     "write_manifest",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from speechbrain.dataio.dataset import DynamicItemDataset
+from hff_modules.files import open_atomically
 
 COLUMNS = ("ID", "duration", "wav", "spk_id", "wrd")
 DATA_ROOT = "$data_root"
@@ -89,18 +89,10 @@ def write_manifest(
         table.append([f"{duration:.4f}" if c == "duration" else str(row[c]) for c in columns])
     if not table:
         raise ManifestError(f"{path}: no utterances to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(table)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with open_atomically(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(table)
 
 
 def read_rows(
@@ -162,64 +154,17 @@ def read_rows(
     return rows
 
 
-def read_manifest(
-    path: str | os.PathLike,
-    data_root: str | os.PathLike | None = None,
-    columns: Sequence[str] = COLUMNS,
-) -> DynamicItemDataset:
-    """Read a manifest into a ``DynamicItemDataset``.
-
-    Arguments
-    ---------
-    path : str or path
-        CSV file.
-    data_root : str or path, optional
-        Folder that replaces ``$data_root``.
-    columns : sequence of str
-        Columns that must be there; others are kept as well.
-
-    Returns
-    -------
-    DynamicItemDataset
-        Without dynamic items yet; items are the columns and ``id``.
-
-    Raises
-    ------
-    ManifestError
-        As ``read_rows``, and when the first audio file is not there (a wrong ``data_root``).
-    """
-    rows = read_rows(path, data_root, columns)
-    first = next(iter(rows.values()))["wav"]
-    if not os.path.isfile(first):
-        raise ManifestError(f"{path}: its audio file {first} is not there; is data_root right?")
-    return DynamicItemDataset(rows)
-
-
-def summarize_manifest(source: str | os.PathLike | DynamicItemDataset) -> ManifestSummary:
-    """Hours, utterances and speakers of a manifest.
-
-    Arguments
-    ---------
-    source : str, path or DynamicItemDataset
-        CSV file, or what ``read_manifest`` gave (a sorted or filtered one counts as filtered).
-
-    Returns
-    -------
-    ManifestSummary
-    """
-    if isinstance(source, str | os.PathLike):
-        rows = list(read_rows(source, data_root="", columns=("ID", "duration", "wav")).values())
-    else:
-        data, ids = source.data, getattr(source, "data_ids", None)
-        rows = [data[name] for name in (data if ids is None else ids)]
+def summarize_manifest(path: str | os.PathLike) -> ManifestSummary:
+    """Hours, utterances and speakers of a manifest."""
+    rows = read_rows(path, data_root="", columns=("ID", "duration", "wav")).values()
     durations = [row["duration"] for row in rows]
     speakers = {row["spk_id"] for row in rows if row.get("spk_id")}
     return ManifestSummary(
         hours=sum(durations) / 3600,
         utterances=len(rows),
         speakers=len(speakers),
-        shortest=min(durations, default=0.0),
-        longest=max(durations, default=0.0),
+        shortest=min(durations),
+        longest=max(durations),
     )
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from hff_modules.files import write_atomically
+
 BLANK = "<blank>"
 SPACE = " "
 UNITS_FILE = "units.json"
@@ -265,7 +267,7 @@ class SentencePieceUnits(_Units):
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write ``units.model`` and ``units.json`` into ``folder``."""
-        _write(Path(folder) / MODEL_FILE, self.model)
+        write_atomically(Path(folder) / MODEL_FILE, self.model)
         _write_json(folder, {"kind": self.kind, "characters": sorted(self.characters)})
 
     @classmethod
@@ -332,14 +334,4 @@ def _read_json(folder: str | os.PathLike, kinds: Sequence[str]) -> dict:
 
 def _write_json(folder: str | os.PathLike, content: dict) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-    _write(Path(folder) / UNITS_FILE, text.encode("utf-8"))
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(Path(folder) / UNITS_FILE, text)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from hff_modules.data.audio import AudioError, read_audio
+from hff_modules.files import open_atomically, write_atomically
 from hff_modules.frontend import KaldiLogMel
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ SAMPLE_RATE = 16000
 AUDIO_ENDINGS = {".wav", ".flac", ".mp3", ".opus", ".ogg"}
 SPEAKER_COLUMNS = ("spk_id", "client_id", "speaker")
 AUDIO_COLUMNS = ("wav", "path", "file")
-SKIP_REASONS = ("missing", "unreadable", "too short", "silent", "clipped")
 
 
 def reason_to_skip(wav, min_seconds=0.4, min_level=-65.0, max_clipped=0.02):
@@ -203,9 +203,7 @@ def prepare_speech(
         logger.warning("skipped %d of %d: %s", sum(skipped.values()), len(found), dict(skipped))
     report = {"settings": settings, "files": len(rows), "skipped": dict(skipped)}
     report |= {"hours": dict(hours), "valid_speakers": len(valid)}
-    part = folder / "prepared.json.part"
-    part.write_text(json.dumps(report, indent=1))
-    os.replace(part, done)
+    write_atomically(done, json.dumps(report, indent=1))
     return report
 
 
@@ -225,10 +223,9 @@ def _hold_out(rows, frames, seed):
 
 
 def _write_csv(path, rows, stride):
-    with open(f"{path}.part", "w", newline="", encoding="utf-8") as out:
+    with open_atomically(path) as out:
         table = csv.writer(out)
         table.writerow(["ID", "duration", "wav", "spk_id", "offset", "frames"])
         for wav, speaker, offset, frames in rows:
             seconds = f"{frames * stride / 100:.2f}"
             table.writerow([f"{offset:010d}", seconds, wav, speaker, offset, frames])
-    os.replace(f"{path}.part", path)
