@@ -9,6 +9,7 @@ Top-level keys of the refining file replace those of the file that it extends; o
 before HyperPyYAML resolves ``!ref``, ``!new`` and the like, so all of them see the final values.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import io
@@ -27,6 +28,7 @@ METHODS = Path(__file__).resolve().parent.parent / "hparams"  # one file per met
 
 # SpeechBrain's run options that decide about results: keys of ours, too, so that they are compared
 DECISIVE = ("precision", "eval_precision", "max_grad_norm", "grad_accumulation_factor")
+STRUCTURED = tuple("[{!&*'\"|>")  # how YAML begins that is more than a word
 DEBUG = "-debug"  # behind the name of the folder of a run that only tries a few batches
 # What may change between two commands that work on one run: where things lie (the encoder's content
 # is compared, not its name), what is stored and logged, and what follows training.
@@ -63,25 +65,9 @@ def given(argv: Sequence[str], key: str) -> Any:
     >>> given(["hparams/fusion.yaml", "--language", "[fr, ml]"], "language")
     ['fr', 'ml']
     """
-    pairs = itertools.pairwise(separated(argv))
-    values = [value for name, value in pairs if name == f"--{key}"]
-    return ruamel.yaml.YAML(typ="safe", pure=True).load(values[-1]) if values else None
-
-
-def switched_on(argv: Sequence[str], *keys: str) -> list[str]:
-    """A command line on which each of these keys that has no value has the value true.
-
-    Example
-    -------
-    >>> switched_on(["fusion", "--few_shot", "--seed=1"], "few_shot")
-    ['fusion', '--few_shot', 'true', '--seed', '1']
-    """
-    line, argv = [], separated(argv)
-    for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
-        line.append(word)
-        if word.removeprefix("--") in keys and word.startswith("--") and after.startswith("--"):
-            line.append("true")
-    return line
+    words = _on_command_line(argv)
+    plain = ruamel.yaml.YAML(typ="safe", pure=True)
+    return _value(key, words[key], plain) if key in words else None
 
 
 def without_wait(argv: Sequence[str]) -> list[str]:
@@ -131,7 +117,8 @@ def load_config(
     KeyError
         A key on the command line that no file has.
     """
-    method, run_opts, overrides = sb.parse_arguments(argv)
+    argv = separated(argv)
+    method, run_opts, _ = sb.parse_arguments(argv)
     # Before anything is built: loggers and the like ask at once which process they are in.
     if not sb.utils.distributed.is_distributed_initialized():  # else by a run before this one
         sb.utils.distributed.ddp_init_group(run_opts)
@@ -140,7 +127,9 @@ def load_config(
     for path in bases[1:]:
         merged.update(merge_files(path))
     merged.update(merge_files(find_method(method, beside=bases[0].resolve().parent)))
-    _override(merged, overrides)
+    of_speechbrain = {field.name for field in dataclasses.fields(run_opts)}
+    words = _on_command_line(argv)
+    _override(merged, {key: said for key, said in words.items() if key not in of_speechbrain})
     for key in DECISIVE:
         if key in merged and key in run_opts.overridden_args:
             merged[key] = getattr(run_opts, key)
@@ -288,20 +277,50 @@ def _available(folder: Path) -> str:
     return f"; in {folder} there are: {', '.join(files)}" if files else ""
 
 
-def _override(merged: ruamel.yaml.CommentedMap, overrides: str) -> None:
-    changes: dict[str, Any] = {}
-    for line in overrides.splitlines():  # one for each key; of a key that comes twice, the last
-        change = ruamel.yaml.YAML().load(line)
-        if not isinstance(change, dict):
-            raise ValueError(f"expected `--key value` after the method file, got {line!r}")
-        changes.update(change)
-    for key in changes:
+def _on_command_line(argv: Sequence[str]) -> dict[str, list[str]]:
+    """The words behind each key; of a key that is there twice, the last ones."""
+    words: dict[str, list[str]] = {}
+    key = None
+    for place, word in enumerate(separated(argv)):
+        if word.startswith("--"):
+            key = word.removeprefix("--")
+            words[key] = []
+        elif key is not None:
+            words[key].append(word)
+        elif place > 0:
+            raise ValueError(f"expected `--key value` after the method file, got {word!r}")
+    return words
+
+
+def _value(key: str, words: Sequence[str], yaml: ruamel.yaml.YAML) -> Any:
+    """True without words; numbers, lists and objects are YAML, and what else there is a text.
+
+    Not YAML's idea of it, which knows dates, and ends ``my #1.csv`` before the sign.
+    """
+    if not words:
+        return True
+    text = " ".join(words)
+    try:
+        value = yaml.load(text)
+    except ruamel.yaml.YAMLError as error:
+        if text.startswith(STRUCTURED):
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--{key}: {text} is no YAML ({reason})") from None
+        return text
+    plain = value is None or isinstance(value, bool | int | float)
+    return value if plain or text.startswith(STRUCTURED) else text
+
+
+def _override(merged: ruamel.yaml.CommentedMap, changes: dict[str, list[str]]) -> None:
+    for key, words in changes.items():
         if key not in merged:
             near = difflib.get_close_matches(str(key), list(merged), n=1)
             hint = f" Did you mean --{near[0]}?" if near else ""
             keys = ", ".join(k for k in merged if not k.startswith("__"))
             raise KeyError(f"--{key}: there is no such key.{hint} There are: {keys}")
-    for key, value in changes.items():
+        if not words and not isinstance(merged[key], bool):
+            raise ValueError(f"--{key}: expected a value")
+        value = _value(key, words, ruamel.yaml.YAML())
         nested = isinstance(merged[key], dict) and isinstance(value, dict)
         if nested and not _tag(value):
             recursive_update(merged[key], value)

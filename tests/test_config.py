@@ -6,7 +6,7 @@ from hff_modules.config import (
     given,
     load_config,
     merge_files,
-    switched_on,
+    separated,
     without_wait,
 )
 
@@ -24,11 +24,8 @@ def files(tmp_path):
 def test_keys_are_found_in_both_ways_of_writing_them():
     line = ["fusion", "--few_shot=true", "--source_languages=[ca, it]", "--check_only"]
     assert given(line, "few_shot") is True and given(line, "source_languages") == ["ca", "it"]
-    assert switched_on(line, "few_shot", "check_only") == [
-        *("fusion", "--few_shot", "true", "--source_languages", "[ca, it]"),
-        *("--check_only", "true"),
-    ]
-    assert switched_on(["--language=mt", "fusion"]) == ["fusion", "--language", "mt"]
+    assert given(line, "check_only") is True and given(line, "language") is None
+    assert separated(["--language=mt", "fusion"]) == ["fusion", "--language", "mt"]
     assert without_wait(["--start_from=a=b"])[-2:] == ["--frozen_epochs", "0"]
     assert without_wait(["--start_from=a", "--frozen_epochs=3"])[-1] == "--frozen_epochs=3"
 
@@ -71,6 +68,48 @@ def test_a_whole_object_can_be_replaced_on_the_command_line(files):
     argv = [str(folder / "method.yaml"), "--thing", "!name:collections.OrderedDict"]
     hparams, _ = load_config(argv, folder / "base.yaml")
     assert hparams["thing"]() == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [
+        *[
+            ("results/run #2", "results/run #2"),
+            ("a: b.csv", "a: b.csv"),
+            ("k=v/x.csv", "k=v/x.csv"),
+        ],
+        *[("2024-05-01", "2024-05-01"), ("/a b/x.wav", "/a b/x.wav"), ("no", "no"), ("@x", "@x")],
+        *[
+            ("null", None),
+            ("7", 7),
+            ("0.5", 0.5),
+            ("[3, 6]", [3, 6]),
+            ("'7'", "7"),
+            ("{a: x}", {"a": "x"}),
+        ],
+    ],
+)
+def test_what_is_no_number_and_no_list_is_taken_as_it_stands(files, said, value):
+    folder = files(base="key: x\n", method="m: 0\n")
+    for line in (["--key", said], [f"--key={said}"]):
+        hparams, _ = load_config([str(folder / "method.yaml"), *line], folder / "base.yaml")
+        assert hparams["key"] == value == given(["method", *line], "key")
+
+
+def test_a_key_without_a_value_is_a_switch_or_refused(files):
+    folder = files(base="drop: false\nlm: null\n", method="m: 0\n")
+    line = [str(folder / "method.yaml"), "--drop"]
+    assert load_config(line, folder / "base.yaml")[0]["drop"] is True
+    for more, message in (
+        (["--lm"], "--lm: expected a value"),
+        (["--lm", "[char"], r"--lm: \[char is no YAML"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config([*line, *more], folder / "base.yaml")
+    with pytest.raises(
+        ValueError, match="expected `--key value` after the method file, got 'more'"
+    ):
+        load_config([line[0], "more"], folder / "base.yaml")
 
 
 def test_of_a_key_given_twice_the_last_counts(files):

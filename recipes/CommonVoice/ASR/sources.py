@@ -63,7 +63,7 @@ def train_sources(argv: Sequence[str], train: Callable[[list[str]], object]) -> 
     for key, value in {"testing": False, **options, "language": languages}.items():
         line += [f"--{key}", as_argument(value)]
     name = hashlib.sha256("\n".join(line).encode()).hexdigest()[:8]
-    root = Path(given(argv, "sources_folder") or "results/sources")
+    root = Path(str(given(argv, "sources_folder") or "results/sources"))
     folder = root / as_folder("-".join(languages)) / f"{Path(line[0]).stem}-{name}"
     with _alone(folder):
         if not (folder / "results.json").is_file():

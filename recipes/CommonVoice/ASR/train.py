@@ -13,7 +13,7 @@ from speechbrain.utils.distributed import run_on_main
 
 from hff_modules.brains import prepared, train_ctc
 from hff_modules.cli import run
-from hff_modules.config import METHODS, given, load_config, switched_on, without_wait
+from hff_modules.config import METHODS, given, load_config, separated, without_wait
 from hff_modules.data.writing import clean_text_file
 
 BASE = Path(__file__).parent / "hparams" / "commonvoice.yaml"
@@ -22,7 +22,7 @@ FEW_SHOT = METHODS / "base" / "few_shot.yaml"
 
 def main(argv: list[str]) -> dict:
     """Run one job; gives what ``results.json`` holds."""
-    argv = switched_on(argv, "few_shot")
+    argv = separated(argv)
     if given(argv, "source_languages"):
         _check_names(argv)  # before hours of work on the sources
         argv = [*argv, "--start_from", str(train_sources(argv, main))]
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> dict:
 
 def _check_names(argv: list[str]) -> None:
     folder, language = given(argv, "data_folder"), given(argv, "language")
-    if folder is not None and isinstance(language, str):
+    if isinstance(folder, str) and isinstance(language, str):
         check_languages(Path(folder).absolute(), [language])
 
 

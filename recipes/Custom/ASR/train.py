@@ -12,7 +12,7 @@ from speechbrain.utils.distributed import run_on_main
 
 from hff_modules.brains import train_ctc
 from hff_modules.cli import run
-from hff_modules.config import METHODS, given, load_config, switched_on, without_wait
+from hff_modules.config import METHODS, given, load_config, without_wait
 from hff_modules.data.writing import clean_text_file
 
 BASE = Path(__file__).parent / "hparams" / "custom.yaml"
@@ -21,7 +21,7 @@ FEW_SHOT = METHODS / "base" / "few_shot.yaml"
 
 def main(argv: list[str]) -> dict | None:
     """Run one job; gives what ``results.json`` holds, None where only the data is checked."""
-    argv = without_wait(switched_on(argv, "check_only", "few_shot"))
+    argv = without_wait(argv)
     hparams, run_opts = load_config(argv, [BASE, FEW_SHOT] if given(argv, "few_shot") else BASE)
     output_folder = Path(hparams["output_folder"])
     sb.create_experiment_directory(output_folder)
