@@ -138,12 +138,15 @@ class SSLEncoder(nn.Module):
 
     def layer_buffers(self, number: int) -> dict[str, tuple[nn.Module, str]]:
         """The buffers in layer ``number`` that training changes: modules and their names there."""
-        return {
-            f"{prefix}.{name}": (module, name)
-            for prefix, module in self._family.layers[number - 1].named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            for name, _ in module.named_buffers(recurse=False)
-        }
+        return _statistics(self._family.layers[number - 1])
+
+    def outside_buffers(self) -> dict[str, tuple[nn.Module, str]]:
+        """As :meth:`layer_buffers`, of what :meth:`outside_parameters` are in."""
+        family = self._family
+        others = [family.layers, *family.never_trained]
+        excluded = {id(module) for other in others for module in other.modules()}
+        found = _statistics(self.model)
+        return {name: place for name, place in found.items() if id(place[0]) not in excluded}
 
     def layer_parameters(self, number: int) -> dict[str, nn.Parameter]:
         """The encoder's own parameters in layer ``number`` (from 1), by name."""
@@ -460,6 +463,16 @@ class SSLEncoder(nn.Module):
         dtype = _PRECISIONS[self.precision]
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
             yield
+
+
+def _statistics(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Batch norms' buffers: where they are, by name."""
+    return {
+        f"{prefix}.{name}": (norm, name)
+        for prefix, norm in module.named_modules()
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        for name, _ in norm.named_buffers(recurse=False)
+    }
 
 
 def _states_below(family) -> list[tuple[nn.Parameter, int]]:

@@ -46,6 +46,7 @@ FAMILIES = {
                             "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
                             "decoder_start_token_id": 1}),
 }  # fmt: skip
+VARIANTS = {"hubert-batch-norm": ("Hubert", {**_GROUP, "conv_pos_batch_norm": True})}
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +56,7 @@ def make_encoder_folder(tmp_path_factory):
 
     def make(name: str) -> str:
         if name not in made:
-            prefix, settings = FAMILIES[name]
+            prefix, settings = {**FAMILIES, **VARIANTS}[name]
             torch.manual_seed(len(name))
             config = getattr(transformers, f"{prefix}Config")(**settings)
             model = getattr(transformers, f"{prefix}Model")(config)

@@ -470,6 +470,40 @@ def test_settings_that_make_no_sense_are_refused(method, options, complaint, enc
     assert not any(m._forward_hooks for m in encoder.model.modules())
 
 
+def test_full_fine_tuning_brings_the_statistics_outside_the_layers_along(encoders):
+    encoder = encoders("hubert-batch-norm")
+    norm = encoder.model.encoder.pos_conv_embed.batch_norm
+    full = adapters.attach(encoder, "full")
+    train(encoder, speech(SAMPLES, 9_000))
+    assert norm.running_mean.abs().sum() > 0
+    assert any(
+        tensor.data_ptr() == norm.running_mean.data_ptr() for tensor in full.tensors().values()
+    )
+    adapters.remove(encoder, "full")
+    assert torch.equal(norm.running_mean, torch.zeros(24))
+
+
+def test_what_is_tuned_can_be_frozen_and_stays_so(encoders):
+    encoder = encoders("wav2vec2-base")
+    biases = adapters.attach(encoder, "bitfit")
+    assert biases.requires_grad_(False) is biases and encoder.horizon == encoder.top
+    adapters.disable(encoder, "bitfit")
+    adapters.enable(encoder, "bitfit")
+    assert encoder.horizon == encoder.top and not adapters.trainable_parameters(encoder)
+    adapters.disable(encoder, "bitfit")
+    biases.requires_grad_()
+    assert encoder.horizon == encoder.top
+    adapters.enable(encoder, "bitfit")
+    assert encoder.horizon == 0
+
+
+def test_stored_states_know_of_frozen_weights_outside_the_layers(encoders):
+    encoder = encoders("wav2vec2-base")
+    adapters.attach(encoder, "full").requires_grad_(False)
+    adapters.attach(encoder, "tpa", bottleneck=4)
+    assert encoder.horizon == 0 and "full" in encoder.frozen_manifest()["adapters"]
+
+
 def test_full_tuning_brings_its_batch_norm_statistics_along(encoders):
     encoder = encoders("wav2vec2-conformer-rel")
     adapters.attach(encoder, "top_k", layers="last:1")

@@ -12,7 +12,7 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from hff_modules import HierarchicalFusion, SSLEncoder, adapters
 from hff_modules.data.loading import filled_cache
 from hff_modules.frontend import KaldiLogMel, WhisperLogMel
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, VARIANTS
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 SAMPLES = 12_000
@@ -86,7 +86,7 @@ def test_state_zero_alone_needs_no_layer(name, make_encoder_folder):
     assert encoder.top == 0 and torch.equal(states[0], both[0])
 
 
-@every_family
+@pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
 def test_an_utterance_gives_the_same_states_alone_as_in_a_padded_batch(name, make_encoder_folder):
     encoder = SSLEncoder(make_encoder_folder(name), layers="all")
     lengths = (7_001, SAMPLES, 9_130)
@@ -246,6 +246,17 @@ def test_half_precision_stays_below_the_horizon_and_close(family, precision, mak
     encoder._family.layers[3].register_forward_hook(lambda m, a, out: dtypes.append(a[0].dtype))
     encoder(wavs, wav_lens)
     assert dtypes == [torch.float32]
+
+
+@pytest.mark.parametrize("name", ["wav2vec2-conformer-rel", "wav2vec2-conformer-rotary"])
+def test_half_precision_leaves_nothing_behind(name, make_encoder_folder):
+    encoder = SSLEncoder(make_encoder_folder(name), layers="all")
+    wavs, wav_lens = speech(SAMPLES, 9_000)
+    encoder.precision = "bf16"
+    encoder(wavs, wav_lens)
+    encoder.precision = "fp32"
+    fresh = SSLEncoder(make_encoder_folder(name), layers="all")
+    assert torch.equal(encoder(wavs, wav_lens)[0], fresh(wavs, wav_lens)[0])
 
 
 def test_log_mels_are_no_matter_of_precision():

@@ -1,7 +1,7 @@
 """The contract of all adapters: attached under a name, taken off again, saved, switched.
 
 An adapter adds parameters of its own beside a frozen encoder; nothing of the encoder is replaced.
-It works through hooks on the modules that ``families.py`` names, or gives frames that the encoder
+It works through hooks on the modules that ``families`` names, or gives frames that the encoder
 puts in front of the speech. At birth it changes
 nothing (prompts and prefixes do, and say so by ``identity_at_birth = False``); disabled it is as
 good as absent, bit for bit; removed, the encoder is as it was.

@@ -37,20 +37,24 @@ class Tuning(Adapter):
         self._statistics: dict[str, tuple[nn.Module, str]] = {}  # statistics beside them
         self._original: dict[str, torch.Tensor] = {}
         self._parked: dict[str, torch.Tensor] = {}  # trained values while disabled
+        self._learns: dict[str, bool] = {}  # and whether they are trained further when enabled
 
     def attach(self, encoder: nn.Module) -> None:  # noqa: D102
         super().attach(encoder)
         if self.options["outside"]:
-            self._take("outside", encoder.outside_parameters())
+            self._take("outside", encoder.outside_parameters(), encoder.outside_buffers())
 
     def insert(self, encoder: nn.Module, number: int) -> None:  # noqa: D102
-        self._take(str(number), encoder.layer_parameters(number))
-        if self.options["what"] == "everything":
-            for name, (module, buffer) in encoder.layer_buffers(number).items():
-                self._statistics[f"{number}.{name}"] = (module, buffer)
-                self._original[f"{number}.{name}"] = getattr(module, buffer).clone()
+        self._take(str(number), encoder.layer_parameters(number), encoder.layer_buffers(number))
 
-    def _take(self, place: str, parameters: dict[str, nn.Parameter]) -> None:
+    def lowest_changed(self) -> int:  # noqa: D102
+        return 0 if self.options["outside"] else super().lowest_changed()
+
+    def _take(self, place: str, parameters: dict, buffers: dict) -> None:
+        if self.options["what"] == "everything":
+            for name, (module, buffer) in buffers.items():
+                self._statistics[f"{place}.{name}"] = (module, buffer)
+                self._original[f"{place}.{name}"] = getattr(module, buffer).clone()
         for name, parameter in parameters.items():
             # Every family calls its norms so.
             chosen = {"bias": name.endswith("bias"), "norm": "norm" in name, "everything": True}
@@ -86,17 +90,26 @@ class Tuning(Adapter):
         for name, target in self.tensors().items():
             target.copy_(tensors[name])
 
+    def requires_grad_(self, requires_grad: bool = True) -> "Tuning":
+        """Freeze what it trains, or train it again; while disabled, from then on."""
+        self._learns = dict.fromkeys(self._tuned, requires_grad)
+        for parameter in self._tuned.values():
+            parameter.requires_grad_(requires_grad and self.enabled)
+        return self
+
     def set_enabled(self, enabled: bool) -> None:  # noqa: D102
         if enabled == self.enabled:
             return
+        if not enabled:
+            self._learns = {name: p.requires_grad for name, p in self._tuned.items()}
         for name, value in self._live().items():
             if not enabled:
                 self._parked[name] = value.clone()
             value.copy_(self._parked[name] if enabled else self._original[name])
         if enabled:
             self._parked.clear()
-        for parameter in self._tuned.values():
-            parameter.requires_grad_(enabled)
+        for name, parameter in self._tuned.items():
+            parameter.requires_grad_(enabled and self._learns[name])
         super().set_enabled(enabled)
 
     def detach(self) -> None:  # noqa: D102

@@ -319,6 +319,15 @@ class Family:
         """
         module.register_forward_pre_hook(functools.partial(_zero_padding, self.padding))
 
+    def _keep_positions_precise(self) -> None:
+        """Keep a Conformer's tables in fp32: Hugging Face leaves them as the last call had them."""
+        if self.stack.embed_positions is not None:
+            self.stack.embed_positions.register_forward_pre_hook(_in_fp32)
+
+
+def _in_fp32(module: nn.Module, args: tuple) -> tuple:
+    return (args[0].float(),)
+
 
 def _zero_padding(padding: Padding, module: nn.Module, args: tuple) -> tuple | None:
     mask = padding.frames

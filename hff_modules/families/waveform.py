@@ -95,6 +95,9 @@ class WaveformFamily(Family):
         first = convolution.conv_layers[0]
         if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
             first.layer_norm = MaskedGroupNorm(first.layer_norm, first.conv, self.padding)
+        positions = getattr(self.stack, "pos_conv_embed", None)
+        if getattr(positions, "batch_norm", None) is not None:  # it makes padding other than zero
+            self._mask_padding_at(positions.conv)
         # Otherwise Hugging Face makes the waveform itself require a gradient in train mode.
         convolution._freeze_parameters()
         convolution.forward = functools.partial(one_by_one, convolution, self.padding)
@@ -176,6 +179,7 @@ class ConformerFamily(WaveformFamily):
     def __init__(self, model: nn.Module, preprocessor: dict):
         super().__init__(model, preprocessor)
         model.encoder.pos_conv_embed = nn.Identity()  # built by Hugging Face, never used
+        self._keep_positions_precise()
         for layer in self.layers:
             self._mask_padding_at(layer.conv_module.depthwise_conv)
 
