@@ -82,7 +82,7 @@ class StateCache:
         self.key = {"format": _FORMAT, "dtype": dtype, **encoder.frozen_manifest()}
         text = json.dumps(self.key, indent=2, sort_keys=True)
         self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.columns: list[int] | None = None  # of the entries; None: all of them
+        self.superset: tuple[Path, list[int]] | None = None  # a place to read from, and columns
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "key.json").exists():
             write_atomically(self.folder / "key.json", text + "\n")
@@ -94,9 +94,13 @@ class StateCache:
         variant = "" if speed == 1 else f"-{round(100 * speed)}"
         return self.folder / digest[:2] / f"{digest}{variant}.safetensors"
 
-    def missing(self, wavs: Iterable[str | Path], speed: float = 1.0) -> list[str]:
-        """Those audio files whose states at this speed are not here yet."""
-        return [str(wav) for wav in wavs if not self.path(wav, speed).exists()]
+    def _found(self, wav: str | Path, speed: float) -> tuple[Path, list[int] | None]:
+        """Where the states are, and which columns of what is stored there; None for all."""
+        path = self.path(wav, speed)
+        if self.superset is None or path.exists():
+            return path, None
+        folder, columns = self.superset
+        return folder / path.relative_to(self.folder), columns
 
     def read(self, wav: str | Path, speed: float = 1.0) -> torch.Tensor:
         """Give the states of one utterance.
@@ -118,7 +122,7 @@ class StateCache:
         CacheError
             It is not here, or its file is damaged.
         """
-        path = self.path(wav, speed)
+        path, columns = self._found(wav, speed)
         try:
             entry = load_file(path)
         except FileNotFoundError:
@@ -127,11 +131,10 @@ class StateCache:
             ) from None
         except SafetensorError as error:
             raise CacheError(f"{path} is damaged ({error}); delete it and run again") from None
-        states = entry["states"] if self.columns is None else entry["states"][:, self.columns]
-        if "scale" in entry:
-            scale = entry["scale"] if self.columns is None else entry["scale"][:, self.columns]
-            return states.float() * scale
-        return states.contiguous()
+        if columns is not None:
+            entry = {name: tensor[:, columns] for name, tensor in entry.items()}
+        states = entry["states"]
+        return states.float() * entry["scale"] if "scale" in entry else states.contiguous()
 
     def fill(
         self,
@@ -181,7 +184,7 @@ class StateCache:
         return {"utterances": 0, "seconds": 0.0, "gigabytes": 0.0}
 
     def _absent(self, wanted: Iterable[Variant]) -> list[Variant]:
-        return [variant for variant in wanted if not self.path(*variant).exists()]
+        return [variant for variant in wanted if not self._found(*variant)[0].exists()]
 
     @contextlib.contextmanager
     def _alone(self):
@@ -240,6 +243,8 @@ class StateCache:
 
     def _use_superset(self, wanted: Iterable[Variant]) -> bool:
         """Read from a place that holds these layers, and others, of all these utterances."""
+        if self.superset is not None:  # utterances of an earlier filling are there
+            return False
         for path in sorted(self.folder.parent.glob("*/key.json")):
             try:
                 other = json.loads(path.read_text(encoding="utf-8"))
@@ -249,12 +254,11 @@ class StateCache:
             same = {**other, "weights": None} == {**self.key, "weights": None}
             if not same or not self.key["weights"].items() <= weights.items():
                 continue
-            own, self.folder = self.folder, path.parent
+            stored = sorted(map(int, weights))
+            self.superset = path.parent, [stored.index(layer) for layer in self.layers]
             if not self._absent(wanted):
-                stored = sorted(map(int, weights))
-                self.columns = [stored.index(layer) for layer in self.layers]
                 return True
-            self.folder = own
+            self.superset = None
         return False
 
     def gigabytes(self, seconds: Iterable[float]) -> float:

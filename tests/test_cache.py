@@ -126,11 +126,23 @@ def test_more_layers_of_the_same_encoder_serve_for_fewer(dtype, encoder_folder, 
         assert other.fill(wavs, SECONDS, progress=False)["utterances"] == 4
 
 
+def test_what_a_place_with_more_layers_lacks_is_kept_beside_it(encoder_folder, wavs, tmp_path):
+    whole = StateCache(tmp_path / "cache", SSLEncoder(encoder_folder, layers="all"))
+    whole.fill(wavs[:2], SECONDS[:2], progress=False)
+    part = StateCache(tmp_path / "cache", SSLEncoder(encoder_folder, layers=[0, 2]))
+    assert part.fill(wavs[:2], SECONDS[:2], progress=False)["utterances"] == 0
+    assert part.fill(wavs, SECONDS, progress=False)["utterances"] == len(wavs) - 2
+    assert len(files(whole)) == 2 and len(files(part)) == len(wavs) - 2
+    whole.fill(wavs, SECONDS, progress=False)
+    for path in wavs:
+        assert torch.equal(part.read(path), whole.read(path)[:, [0, 2]])
+
+
 def test_changed_audio_under_the_same_name_is_not_taken_for_the_old(encoder, wavs, tmp_path):
     StateCache(tmp_path / "cache", encoder).fill(wavs, SECONDS, progress=False)
     soundfile.write(wavs[1], np.random.RandomState(9).randn(14400) * 0.1, 16000)
     cache = StateCache(tmp_path / "cache", encoder)
-    assert cache.missing(wavs) == [wavs[1]]
+    assert [wav for wav in wavs if not cache.path(wav).exists()] == [wavs[1]]
     with pytest.raises(CacheError, match="1.wav are not in"):
         cache.read(wavs[1])
 

@@ -255,6 +255,11 @@ def test_a_score_that_is_no_number_is_never_the_best(job, tmp_path, monkeypatch)
     assert results["dev"]["loss"] == results["history"][0]["loss"] and results["test"]
 
 
+def test_more_batches_to_a_step_than_an_epoch_has_are_refused(job, tmp_path):
+    with pytest.raises(ValueError, match="grad_accumulation_factor=99, but an epoch has . batches"):
+        job(tmp_path, "--grad_accumulation_factor", "99")
+
+
 def test_a_debug_run_leaves_the_results_of_a_run_alone(job, tmp_path):
     options = ["--layers", "[2, 4]", "--number_of_epochs", "1"]
     job(tmp_path / "run", *options)

@@ -110,6 +110,11 @@ def test_a_run_of_another_method_layers_or_width_is_refused_with_the_differences
         CheckpointError, match=r"adapters.*down.*: \[\d+, 24\] in .*, \[3, 24\] now"
     ):
         run(tmp_path / "c", "mt", *start, "--bottleneck", "3")
+    gated = "!name:hff_modules.fusion.HierarchicalFusion {hidden_size: 256, merge: gated}"
+    with pytest.raises(CheckpointError, match="fusion_options.merge: not in the.*, gated now"):
+        run(tmp_path / "e", "mt", *start, "--fusion", gated)
+    with pytest.raises(CheckpointError, match="adapters.tpa: .*'relu'.* in .*'gelu'"):
+        run(tmp_path / "f", "mt", *start, "--adapters", "{tpa: {activation: gelu}}")
     with pytest.raises(CheckpointError, match="head: LinearHead in the checkpoint, DNNHead now"):
         run(tmp_path / "d", "mt", *start, "--head", "!name:hff_modules.heads.DNNHead")
 

@@ -1,5 +1,6 @@
 """What every task shares: optimizers per part, distribution, checkpoints, measuring, results."""
 
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -112,16 +113,22 @@ class SSLBrain(sb.Brain):
                 checkpointer.custom_load_hooks["scaler"] = load_state
 
     def _manifest(self, task: Mapping[str, Any]) -> dict[str, Any]:
-        return {
+        manifest = {
             "format": 1,
             "method": self.hparams.method,
             "encoder": self.encoder.manifest(),
             "horizon": self.horizon,
+            "adapters": {
+                name: [adapter.method, adapter.layers, adapter.options]
+                for name, adapter in self.encoder.adapters.items()
+            },
             "fusion": type(self.parts["fusion"]).__name__,
+            "fusion_options": dict(getattr(self.hparams.fusion, "keywords", {})),
             "head": type(self.parts["head"]).__name__,
             "task": dict(task),
             "versions": versions(),
         }
+        return json.loads(json.dumps(manifest, default=str))  # as it is read back
 
     def _save_trained(self, trained: Trained, path: Path) -> None:
         with self.head_first.waits(False):
@@ -166,7 +173,12 @@ class SSLBrain(sb.Brain):
             raise TypeError(
                 f"fit: expected a DataLoader as train_set, got {type(train_set).__name__}"
             )
-        per_epoch = max(len(train_set) // self.grad_accumulation_factor, 1)
+        per_epoch = len(train_set) // self.grad_accumulation_factor
+        if per_epoch == 0:  # SpeechBrain counts batches anew in every epoch
+            raise ValueError(
+                f"grad_accumulation_factor={self.grad_accumulation_factor}, but an epoch has "
+                f"{len(train_set)} batches: nothing would be trained; lower it, or --batch_seconds"
+            )
         self.total_steps = per_epoch * epoch_counter.limit
         self.waiting_steps = per_epoch * self.head_first.epochs
         super().fit(epoch_counter, train_set, valid_set, **kwargs)
