@@ -25,7 +25,7 @@ from speechbrain.utils.distributed import is_distributed_initialized
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
-from hff_modules.data.audio import read_audio
+from hff_modules.data.audio import AudioError, read_audio
 from hff_modules.data.speed import change_speed
 from hff_modules.files import write_atomically
 
@@ -171,6 +171,8 @@ class StateCache:
         ------
         CacheError
             The disk or ``max_gigabytes`` is too small; said before anything is computed.
+        AudioError
+            Files that cannot be read, all of them; the states of the others are stored.
         """
         speeds = [1.0] * len(wavs) if speeds is None else speeds
         wanted = {
@@ -209,18 +211,24 @@ class StateCache:
             desc="caching",
             disable=None if progress else True,  # None: a bar in a terminal, nothing in a log file
         )
-        start = time.perf_counter()
+        start, unreadable = time.perf_counter(), []
         try:
             logger.info(
                 f"caching states {self.layers} of {len(todo)} utterances ({total / 3600:.2f} h): "
                 f"about {gigabytes:.2f} GB in {self.folder}{self._about_time(total)}"
             )
             for batch in batches_of(todo, batch_seconds):
-                self._compute(batch)
+                self._compute(batch, unreadable)
                 bar.update(round(sum(todo[variant] for variant in batch)))
         finally:
             bar.close()
             self.encoder.train(mode)
+        if unreadable:  # all of them at once, after hours
+            raise AudioError(
+                f"{len(unreadable)} audio files cannot be read; leave them out:\n  "
+                + "\n  ".join(sorted(unreadable)[:20])
+                + "\n  ..." * (len(unreadable) > 20)
+            )
         spent = time.perf_counter() - start
         return {"utterances": len(todo), "seconds": round(spent, 2), "gigabytes": gigabytes}
 
@@ -286,14 +294,23 @@ class StateCache:
     def _device(self) -> torch.device:
         return next(itertools.chain(self.encoder.parameters(), self.encoder.buffers())).device
 
-    def _compute(self, variants: Sequence[Variant]) -> None:
-        signals = [change_speed(read_audio(wav), speed) for wav, speed in variants]
+    def _compute(self, variants: Sequence[Variant], unreadable: list[str]) -> None:
+        """Store the states of a batch; of files that cannot be read note why."""
+        signals, readable = [], []
+        for wav, speed in variants:
+            try:
+                signals.append(change_speed(read_audio(wav), speed))
+                readable.append((wav, speed))
+            except AudioError as error:
+                unreadable.append(str(error))
+        if not signals:
+            return
         shortest = self.encoder.minimum_samples
         signals = [torch.nn.functional.pad(s, (0, max(0, shortest - len(s)))) for s in signals]
         lengths = torch.tensor([len(signal) for signal in signals])
         batch = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True).to(self._device())
         stored, frames = self.encoder.encode(batch, (lengths / lengths.max()).to(batch.device))
-        for variant, states, count in zip(variants, stored.cpu(), frames.tolist(), strict=True):
+        for variant, states, count in zip(readable, stored.cpu(), frames.tolist(), strict=True):
             write_atomically(self.path(*variant), save(_pack(states[:count], self.dtype)))
 
 

@@ -1,6 +1,7 @@
 """Recordings of any length, rate and channels: found, and read in pieces of bounded size."""
 
 import glob
+import logging
 import math
 import os
 import shutil
@@ -15,6 +16,8 @@ import torch
 import torchaudio
 
 from hff_modules.data.audio import AudioError, audio_info
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000
 STDIN = "-"
@@ -60,6 +63,25 @@ def is_audio(path: Path) -> bool:
     return kind in {"wav", "flac", "mp3", "ogg", "oga", "opus", "aif", "aiff", "au", "caf", "w64"}
 
 
+def audio_below(folder: Path) -> list[Path]:
+    """Audio at any depth, sorted. Links to folders are followed; what is hidden is left out."""
+    found, seen = [], set()
+    for here, folders, files in os.walk(folder, onerror=_say, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:  # links may go in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        visible = (Path(here, name) for name in files if not name.startswith("."))
+        found += [path for path in visible if is_audio(path) and path.is_file()]
+    return sorted(found)
+
+
+def _say(error: OSError) -> None:
+    logger.warning("%s: %s; left out", error.filename, error.strerror)
+
+
 def find_recordings(
     inputs: Iterable[str], spool: Path | None = None
 ) -> Iterator[Recording | Failure]:
@@ -82,7 +104,7 @@ def find_recordings(
         if given == STDIN:
             yield _described(STDIN, _spooled(spool), Path("stdin"))
         elif Path(given).is_dir():
-            found = sorted(p for p in Path(given).rglob("*") if p.is_file() and is_audio(p))
+            found = audio_below(Path(given))
             for path in found:
                 yield _described(str(path), path, path.relative_to(given))
             if not found:

@@ -9,6 +9,7 @@ import torch
 
 from hff_modules import SSLEncoder, adapters
 from hff_modules.cache import CacheError, StateCache
+from hff_modules.data.audio import AudioError
 
 SECONDS = [0.4, 0.9, 0.6, 0.75]
 
@@ -158,10 +159,10 @@ def test_an_interrupted_filling_leaves_whole_entries_and_goes_on(encoder, wavs, 
     cache = StateCache(tmp_path / "cache", encoder)
     compute, done = cache._compute, []
 
-    def interrupted(batch):
+    def interrupted(batch, unreadable):
         if done:
             raise KeyboardInterrupt
-        compute(batch)
+        compute(batch, unreadable)
         done.extend(batch)
 
     cache._compute = interrupted
@@ -192,6 +193,15 @@ def test_too_small_a_budget_is_refused_and_counts_what_is_there(encoder, wavs, t
     with pytest.raises(CacheError, match="budget"):
         tight.fill(wavs, SECONDS, progress=False)
     assert len(files(cache)) == 3
+
+
+def test_all_files_that_cannot_be_read_are_named_and_the_others_stored(encoder, wavs, tmp_path):
+    for number in (1, 2):
+        soundfile.write(wavs[number], [0.1, float("nan")] * 4000, 16000, subtype="FLOAT")
+    cache = StateCache(tmp_path / "cache", encoder)
+    with pytest.raises(AudioError, match=r"(?s)2 audio files cannot be read.*1\.wav.*2\.wav"):
+        cache.fill(wavs, SECONDS, batch_seconds=0.1, progress=False)
+    assert len(files(cache)) == len(wavs) - 2
 
 
 def test_a_damaged_entry_is_named(encoder, wavs, tmp_path):

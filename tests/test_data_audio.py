@@ -11,13 +11,14 @@ import torchaudio
 from speechbrain.dataio.dataset import DynamicItemDataset
 
 from hff_modules.data import audio
-from hff_modules.data.audio import AudioError, audio_info, read_audio
+from hff_modules.data.audio import AudioError, audio_info, check_all, read_audio
 from hff_modules.data.manifest import (
     ManifestError,
     read_rows,
     summarize_manifest,
     write_manifest,
 )
+from hff_modules.data.prepare import read_durations
 from hff_modules.files import open_atomically
 
 
@@ -92,6 +93,7 @@ def test_workers_forked_from_a_run_do_not_say_it_again(tmp_path, capfd):
     soundfile.write(tmp_path / "a.wav", tone(rate=8000), 8000)
     for _ in range(2):
         if (child := os.fork()) == 0:
+            torch.set_num_threads(1)  # as workers do: a fork has no threads to share work with
             logging.basicConfig(force=True)  # to stderr, which capfd sees
             read_audio(tmp_path / "a.wav")
             os._exit(0)
@@ -125,12 +127,39 @@ def test_a_file_cut_short_is_an_error_and_not_a_shorter_utterance(tmp_path, endi
         read_audio(path)
 
 
+@pytest.mark.parametrize("ending", ["ogg", "mp3"])
+def test_joined_files_of_which_only_the_first_would_be_read_are_an_error(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    soundfile.write(path, numpy.random.default_rng(0).uniform(-0.5, 0.5, 48000), 16000)
+    tag = b"ID3\x03\0\0\0\0\1\0" + bytes(128) if ending == "mp3" else b""
+    single = tag + path.read_bytes()
+    path.write_bytes(single + b"TAG" + bytes(125))
+    assert audio_info(path).frames == len(read_audio(path)) == 48000
+    path.write_bytes(single + single)
+    for read in (audio_info, read_audio):
+        with pytest.raises(AudioError, match=rf"a\.{ending}: holds several streams"):
+            read(path)
+
+
+def test_damage_in_the_middle_is_found_by_decoding_all(tmp_path):
+    path = tmp_path / "a.flac"
+    soundfile.write(path, numpy.random.default_rng(0).uniform(-0.5, 0.5, 160000), 16000)
+    assert read_durations({"a": path}, whole=True) == ({"a": 10.0}, [])
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 20000] = bytes(20000)
+    path.write_bytes(data)
+    assert read_durations({"a": path})[0], "which headers and ends do not tell"
+    known, (problem,) = read_durations({"a": path}, whole=True)
+    assert not known and "a.flac" in problem
+
+
 def test_samples_that_are_not_numbers_are_an_error(tmp_path):
     signal = tone()
     signal[100] = numpy.nan
     soundfile.write(tmp_path / "nan.wav", signal, 16000, subtype="FLOAT")
-    with pytest.raises(AudioError, match=r"nan\.wav.*finite"):
-        read_audio(tmp_path / "nan.wav")
+    for read in (read_audio, check_all):
+        with pytest.raises(AudioError, match=r"nan\.wav.*finite"):
+            read(tmp_path / "nan.wav")
 
 
 def test_manifest_reads_back_what_was_written_also_through_speechbrain(tmp_path):

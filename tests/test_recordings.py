@@ -115,6 +115,17 @@ def broken_files(folder: Path) -> dict[str, str]:
     }
 
 
+def test_links_to_folders_are_followed_once_and_what_is_hidden_is_left_out(tmp_path):
+    (tmp_path / "calls").mkdir()
+    (tmp_path / "disk").mkdir()
+    soundfile.write(tmp_path / "disk/a.wav", [0.1] * 800, 16000)
+    (tmp_path / "disk/._a.wav").write_bytes(b"of a Mac")
+    (tmp_path / "calls/more").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/back").symlink_to(tmp_path / "calls")
+    found = [recording.name for recording in find_recordings([str(tmp_path / "calls")])]
+    assert found == [str(tmp_path / "calls/more/a.wav")]
+
+
 def test_what_is_no_recording_is_a_failure_of_its_own_and_named(tmp_path):
     expected = broken_files(tmp_path)
     (tmp_path / "nothing").mkdir()

@@ -5,13 +5,17 @@ import math
 import multiprocessing
 import os
 from dataclasses import dataclass
+from typing import BinaryIO
 
+import numpy
 import soundfile
 import torch
 import torchaudio
 
 logger = logging.getLogger(__name__)
 
+JOINED = "holds several streams, of which only the first would be read; convert it to one"
+NOT_FINITE = "the audio holds values that are not finite numbers"
 # Shared memory, so that forked DataLoader workers do not each say the same again every epoch.
 _SAID = {kind: multiprocessing.RawValue("b", 0) for kind in ("channels", "rate")}
 
@@ -66,6 +70,7 @@ def audio_info(path: str | os.PathLike) -> AudioInfo:
         raise AudioError(f"{path}: not a readable audio file ({error})") from error
     if info.frames <= 0:
         raise AudioError(f"{path}: the audio file has no samples")
+    _check_length(path, info.frames)
     _check_rate(path, info.samplerate)
     return AudioInfo(info.frames / info.samplerate, info.samplerate, info.channels, info.frames)
 
@@ -86,6 +91,27 @@ def check_end(path: str | os.PathLike) -> None:
         whole = False
     if not whole:
         raise AudioError(f"{path}: breaks off before the end that its header names")
+
+
+def check_all(path: str | os.PathLike) -> None:
+    """Refuse a file that is damaged anywhere; decodes all of it, in little memory.
+
+    Raises
+    ------
+    AudioError
+        As :func:`read_audio`.
+    """
+    decoded = 0
+    try:
+        with soundfile.SoundFile(os.fspath(path)) as file:
+            expected = file.frames
+            for block in file.blocks(1 << 16, dtype="float32"):
+                decoded += len(block)
+                if not numpy.isfinite(block).all():
+                    raise AudioError(f"{path}: {NOT_FINITE}")
+    except (soundfile.SoundFileError, OSError) as error:
+        raise AudioError(f"{path}: not a readable audio file ({error})") from error
+    _check_decoded(path, decoded, expected)
 
 
 def read_audio(path: str | os.PathLike, sample_rate: int = 16000) -> torch.Tensor:
@@ -121,20 +147,20 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000) -> torch.Tenso
     try:
         with soundfile.SoundFile(os.fspath(path)) as file:
             rate, expected = file.samplerate, file.frames
+            _check_length(path, expected)
             samples = file.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
         raise AudioError(f"{path}: not a readable audio file ({error})") from error
     if len(samples) == 0:
         raise AudioError(f"{path}: the audio file has no samples")
-    if len(samples) < 0.99 * expected:  # lossy formats only estimate their length
-        raise AudioError(f"{path}: only {len(samples)} of {expected} samples can be decoded")
+    _check_decoded(path, len(samples), expected)
     _check_rate(path, rate)
     signal = torch.from_numpy(samples)
     if signal.shape[1] > 1:
         _say_once("channels", f"{path} has {signal.shape[1]} channels: averaged to one")
     signal = signal.mean(dim=1)
     if not torch.isfinite(signal).all():
-        raise AudioError(f"{path}: the audio holds values that are not finite numbers")
+        raise AudioError(f"{path}: {NOT_FINITE}")
     if rate != sample_rate:
         _say_once("rate", f"{path} has {rate} Hz: resampled to {sample_rate} Hz")
         signal = torchaudio.functional.resample(signal, rate, sample_rate)
@@ -157,6 +183,68 @@ def _check_file(path: str | os.PathLike) -> None:
         raise AudioError(f"{path}: no such audio file")
     if os.path.getsize(path) == 0:
         raise AudioError(f"{path}: the audio file is empty (0 bytes)")
+    with open(path, "rb") as file:
+        if goes_on(file):
+            raise AudioError(f"{path}: {JOINED}")
+
+
+def goes_on(file: BinaryIO) -> bool:
+    """Whether audio follows the stream that libsndfile reads, as when MP3 or Ogg files are joined.
+
+    Arguments
+    ---------
+    file : BinaryIO
+        Any file, from its beginning; what is neither does not go on.
+    """
+    head = file.read(10)
+    if head[:4] == b"OggS":
+        return _ogg_goes_on(file)
+    start = 0
+    if head[:3] == b"ID3":  # a tag in front; seven bits of each byte of its length count
+        start = 10 + sum(
+            byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True)
+        )
+        file.seek(start)
+        head = file.read(10)
+    return _is_frame(head) and _mp3_goes_on(file, start, head + file.read(190))
+
+
+def _ogg_goes_on(file: BinaryIO) -> bool:
+    """Whether a stream begins (flag 2 of a page) behind pages of another."""
+    begun = False
+    file.seek(0)
+    while len(page := file.read(27)) == 27 and page[:4] == b"OggS":
+        begins = bool(page[5] & 2)
+        if begins and begun:
+            return True
+        begun = begun or not begins
+        file.seek(sum(file.read(page[26])), os.SEEK_CUR)
+    return False
+
+
+def _mp3_goes_on(file: BinaryIO, start: int, frame: bytes) -> bool:
+    """Whether frames, or another tag, follow behind as many bytes as the first frame speaks of."""
+    place = max(frame.find(b"Xing"), frame.find(b"Info"))
+    if place < 0 or not frame[place + 7] & 2:  # says no length in bytes: all will be read
+        return False
+    place += 8 + 4 * (frame[place + 7] & 1)  # behind a length in frames
+    file.seek(start + int.from_bytes(frame[place : place + 4], "big"))
+    behind = file.read(3)
+    return behind == b"ID3" or _is_frame(behind)
+
+
+def _is_frame(data: bytes) -> bool:
+    return len(data) > 1 and data[0] == 0xFF and data[1] & 0xE6 == 0xE2  # sync, and layer 3
+
+
+def _check_length(path: str | os.PathLike, frames: int) -> None:
+    if frames > 1 << 48:  # libsndfile's largest number, of streams joined to one Ogg file
+        raise AudioError(f"{path}: {JOINED}")
+
+
+def _check_decoded(path: str | os.PathLike, decoded: int, expected: int) -> None:
+    if decoded < 0.99 * expected:  # lossy formats only estimate their length
+        raise AudioError(f"{path}: only {decoded} of {expected} samples can be decoded")
 
 
 def _say_once(kind: str, message: str) -> None:

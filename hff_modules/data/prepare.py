@@ -15,7 +15,7 @@ from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
-from hff_modules.data.audio import AudioError, audio_info, check_end
+from hff_modules.data.audio import AudioError, audio_info, check_all, check_end
 from hff_modules.data.manifest import summarize_manifest, write_manifest
 from hff_modules.files import write_atomically
 
@@ -133,13 +133,19 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def read_durations(paths: Mapping[str, Path]) -> tuple[dict[str, float], list[str]]:
-    """Seconds of audio files by ID, and what is wrong with the others."""
+def read_durations(
+    paths: Mapping[str, Path], whole: bool = False
+) -> tuple[dict[str, float], list[str]]:
+    """Seconds of audio files by ID, and what is wrong with the others.
+
+    Only headers and ends are looked at, or, with ``whole``, all is decoded: some 500 times as fast
+    as it is spoken.
+    """
 
     def duration(path: Path) -> float | AudioError:
         try:
             seconds = audio_info(path).duration
-            check_end(path)
+            (check_all if whole else check_end)(path)
             return seconds
         except AudioError as error:
             return error

@@ -38,6 +38,7 @@ def prepare_custom(
     max_bad_share: float = 0.05,
     keep_harakat: bool = False,
     drop_shared_texts: bool = False,
+    whole: bool = False,
 ) -> tuple[dict[str, Path], Path]:
     """Check the rows, report on them, and write a manifest for each part.
 
@@ -53,6 +54,8 @@ def prepare_custom(
     keep_harakat : bool
     drop_shared_texts : bool
         Leave texts that dev or test has, too, out of train. They are counted in any case.
+    whole : bool
+        Decode every file from end to end, and not only its end.
 
     Returns
     -------
@@ -65,7 +68,7 @@ def prepare_custom(
         No such file or column, too many unusable rows, a split that is none, or too few rows.
     """
     csv, save_folder = Path(csv).absolute(), Path(save_folder)
-    rows = _usable(csv, _read(csv), max_bad_share)
+    rows = _usable(csv, _read(csv), max_bad_share, whole)
     given = any(row["split"] for row in rows)
     how = "as the column split says"
     if not given:
@@ -140,7 +143,7 @@ def _columns(csv: Path, delimiter: str) -> tuple[str, str, str]:
     return theirs if header >= set(theirs[:2]) and not header >= set(ours[:2]) else ours
 
 
-def _usable(csv: Path, rows: Sequence[dict], max_bad_share: float) -> list[dict]:
+def _usable(csv: Path, rows: Sequence[dict], max_bad_share: float, whole: bool) -> list[dict]:
     problems: dict[str, list[str]] = {}
     seen: dict[Path, int] = {}
     candidates = []
@@ -155,7 +158,7 @@ def _usable(csv: Path, rows: Sequence[dict], max_bad_share: float) -> list[dict]
             problems.setdefault("text without letters", []).append(where)
         else:
             candidates.append(row)
-    durations, unreadable = read_durations({row["ID"]: row["path"] for row in candidates})
+    durations, unreadable = read_durations({r["ID"]: r["path"] for r in candidates}, whole)
     problems["unreadable or empty audio"] = unreadable
     usable = [
         {**row, "duration": durations[row["ID"]]} for row in candidates if row["ID"] in durations

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> dict | None:
     sb.create_experiment_directory(output_folder)
     keys = "csv language max_bad_share keep_harakat drop_shared_texts"
     options = {key: hparams[key] for key in keys.split()}
-    options["save_folder"] = output_folder / "manifests"
+    options |= {"save_folder": output_folder / "manifests", "whole": hparams["check_only"]}
     manifests, data_root = run_on_main(prepare_custom, kwargs=options)
     if hparams["check_only"]:
         return None
