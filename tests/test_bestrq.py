@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from speechbrain.utils.checkpoints import DEFAULT_SAVE_HOOKS
 from transformers import (
     AutoModel,
     SeamlessM4TFeatureExtractor,
@@ -29,6 +30,7 @@ import masked_speech  # noqa: E402
 import publish  # noqa: E402
 import speech_prepare  # noqa: E402
 import targets  # noqa: E402
+import worker_pool  # noqa: E402
 
 LICENCES = RECIPE / "licences.json"
 TINY = {
@@ -158,13 +160,201 @@ def test_codes_of_other_speech_are_not_taken(speech, tmp_path):
         _recipe_main()(_arguments(speech, tmp_path, **other))
 
 
-def test_speech_of_one_voice_is_refused_as_some_has_to_be_held_out(speech, tmp_path):
+def test_what_cannot_work_is_refused_before_the_recordings_are_read(speech, tmp_path, monkeypatch):
+    monkeypatch.setattr(speech_prepare, "_process", lambda job: pytest.fail("has read"))
+    with pytest.raises(ValueError, match="objective='clusters': expected best_rq"):
+        _recipe_main()(_arguments(speech, tmp_path, objective="clusters"))
+    with pytest.raises(ValueError, match="codebooks=4.*at most three"):
+        _recipe_main()(_arguments(speech, tmp_path, codebooks=4))
     alone = tmp_path / "alone"
     alone.mkdir()
-    for path in speech.glob("00-*"):
-        shutil.copy(path, alone)
-    with pytest.raises(ValueError, match="all speech is of one speaker, .*/00"):
+    shutil.copy(speech / "00-0.wav", alone)
+    with pytest.raises(ValueError, match="1 recordings; expected two at least"):
         speech_prepare.prepare_speech([alone], tmp_path / "prepared", workers=1)
+    with pytest.raises(ValueError, match=r"sources=\[\]: 0 recordings"):
+        speech_prepare.prepare_speech([], tmp_path / "prepared", workers=1)
+
+
+def test_a_run_goes_on_after_a_kill_while_a_checkpoint_was_saved(speech, tmp_path, monkeypatch):
+    _recipe_main()(_arguments(speech, tmp_path, max_steps=4))
+    before = _history(tmp_path)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(DEFAULT_SAVE_HOOKS, masked_speech.Progress, killed)
+        with pytest.raises(KeyboardInterrupt):
+            _recipe_main()(_arguments(speech, tmp_path, max_steps=8))
+    _recipe_main()(_arguments(speech, tmp_path, max_steps=8))
+    assert _history(tmp_path)[:1] == before and _history(tmp_path)[-1]["steps"] == 8
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_export_loses_nothing(
+    speech, tmp_path, monkeypatch
+):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for steps in (4, 8):  # without an encoder, with an older one
+        with monkeypatch.context() as patch:
+            patch.setattr(masked_speech.Pretrainer, "export", killed)
+            with pytest.raises(KeyboardInterrupt):
+                _recipe_main()(_arguments(speech, tmp_path, max_steps=steps))
+        _recipe_main()(_arguments(speech, tmp_path, max_steps=steps))
+        assert _history(tmp_path)[-1]["steps"] == steps
+    assert AutoModel.from_pretrained(tmp_path / "run" / "encoder").config.num_hidden_layers == 2
+
+
+def test_a_run_goes_on_with_another_number_of_workers(speech, tmp_path):
+    _recipe_main()(_arguments(speech, tmp_path, max_steps=2))
+    _recipe_main()(_arguments(speech, tmp_path, max_steps=4, workers=2))
+    assert _history(tmp_path)[-1]["steps"] == 4
+
+
+def _copied(speech, folder, pattern):
+    folder.mkdir(exist_ok=True)
+    for path in speech.glob(pattern):
+        shutil.copy(path, folder)
+    return folder
+
+
+def _prepared_parts(folder):
+    """Columns wav and spk_id of both parts."""
+    parts = []
+    for part in ("train", "valid"):
+        lines = (folder / f"{part}.csv").read_text().splitlines()[1:]
+        parts.append([line.split(",")[2:4] for line in lines])
+    return parts
+
+
+@pytest.mark.parametrize("pattern", ["00-*", "0[01]-*"])
+def test_of_few_long_voices_single_recordings_are_held_out(speech, tmp_path, caplog, pattern):
+    source = _copied(speech, tmp_path / "source", pattern)
+    with caplog.at_level(logging.INFO):
+        report = speech_prepare.prepare_speech(
+            source, tmp_path / "prepared", valid_seconds=4.5, workers=1
+        )
+    train, valid = _prepared_parts(tmp_path / "prepared")
+    assert len(valid) == (2 if "1" in pattern else 1)  # 4.5 s, or a quarter of 8 s
+    assert len(train) + len(valid) == report["files"]
+    assert any("their voices are trained on, too" in m for m in caplog.messages)
+    assert any("hours to train on" in m for m in caplog.messages)
+
+
+def test_no_more_than_a_quarter_is_held_out(speech, tmp_path):
+    report = speech_prepare.prepare_speech(
+        speech, tmp_path / "prepared", valid_seconds=600, workers=1
+    )
+    hours = report["hours"]
+    assert 0 < hours["valid"] < 0.3 * (hours["train"] + hours["valid"])
+    train, valid = _prepared_parts(tmp_path / "prepared")
+    assert not {speaker for _, speaker in train} & {speaker for _, speaker in valid}
+
+
+def test_two_long_speakers_do_not_lose_one_of_them():
+    hour = 90000
+    rows = [(f"{who}-{n}.wav", who, n, hour) for who in "ab" for n in range(30)]
+    rows += [(f"a-{n}.wav", "a", n, 5000) for n in range(60, 70)]
+    held = speech_prepare._hold_out(rows, 15000, seed=0)
+    assert sum(row[3] for row in held) == 15000
+
+
+@pytest.mark.parametrize("error", [ValueError("array is too big"), MemoryError()])
+def test_a_file_that_breaks_the_decoder_is_one_unreadable_file(
+    speech, tmp_path, monkeypatch, error
+):
+    read = speech_prepare.read_audio
+
+    def broken(path, rate):
+        if path.endswith("00-2.ogg"):
+            raise error
+        return read(path, rate)
+
+    monkeypatch.setattr(speech_prepare, "read_audio", broken)
+    report = speech_prepare.prepare_speech([speech], tmp_path / "prepared", workers=1)
+    assert report["skipped"] == {"unreadable": 1} and report["files"] == 47
+
+
+def test_new_and_changed_recordings_are_noticed(speech, tmp_path):
+    source, prepared = _copied(speech, tmp_path / "source", "0[0-2]-*"), tmp_path / "prepared"
+    (source / "table.csv").write_text("wav\n00-0.wav\n01-0.wav\nlater.wav\n")
+    sources = [str(source), str(source / "table.csv")]
+
+    def prepare():
+        return speech_prepare.prepare_speech(sources, prepared, workers=1)
+
+    assert prepare()["skipped"] == {"missing": 1}
+    assert prepare()["files"] == 14
+    shutil.copy(speech / "03-0.wav", source)
+    with pytest.raises(ValueError, match="prepared from 15 files, now there are 16"):
+        prepare()
+    (source / "03-0.wav").rename(source / "02-0.flac.wav")
+    os.replace(source / "02-0.flac.wav", source / "02-0.wav")
+    assert prepare()["files"] == 14
+    soundfile.write(source / "02-0.wav", np.zeros(9999), 16000)
+    with pytest.raises(ValueError, match="15 files, of which some have now another name"):
+        prepare()
+    shutil.copy(speech / "02-0.wav", source)
+    prepare()
+    os.rename(source, tmp_path / "gone")
+    assert prepare()["files"] == 14  # what was prepared is all that is needed
+
+
+def test_a_recording_that_was_missing_and_has_come_is_noticed(speech, tmp_path):
+    table = _copied(speech, tmp_path / "source", "0[0-2]-*") / "table.csv"
+    table.write_text("wav\n00-0.wav\n01-0.wav\nlater.wav\n")
+    speech_prepare.prepare_speech(table, tmp_path / "prepared", workers=1)
+    shutil.copy(speech / "03-0.wav", table.parent / "later.wav")
+    with pytest.raises(ValueError, match="3 files, of which some .* missing then"):
+        speech_prepare.prepare_speech(table, tmp_path / "prepared", workers=1)
+
+
+def test_speech_prepared_by_an_earlier_version_is_used_with_a_warning(speech, tmp_path, caplog):
+    source, prepared = _copied(speech, tmp_path / "source", "0[0-2]-*"), tmp_path / "prepared"
+    report = speech_prepare.prepare_speech([source], prepared, workers=1)
+    del report["settings"]["fingerprint"]
+    (prepared / "prepared.json").write_text(json.dumps(report))
+    shutil.copy(speech / "03-0.wav", source)
+    assert speech_prepare.prepare_speech([source], prepared, workers=1) == report
+    assert any("from 12 files and does not tell which; there are 13" in m for m in caplog.messages)
+
+
+def test_links_to_folders_are_followed_and_hidden_files_left_out(speech, tmp_path):
+    source, far = tmp_path / "source", _copied(speech, tmp_path / "far", "00-*.wav")
+    (source / "deep").mkdir(parents=True)
+    shutil.copy(speech / "01-0.wav", source / "deep")
+    shutil.copy(speech / "01-0.wav", source / "._01-0.wav")
+    (source / "linked").symlink_to(far)
+    (far / "back").symlink_to(source)  # a circle
+    found = [path for path, _ in speech_prepare.find_audio(source)]
+    names = ["deep/01-0.wav", "linked/00-0.wav", "linked/00-3.wav"]
+    assert found == [str(source / name) for name in names]
+
+
+def test_one_source_needs_no_brackets(speech, tmp_path):
+    _recipe_main()(_arguments(speech, tmp_path, max_steps=2, sources=speech))
+    report = json.loads((tmp_path / "run" / "encoder" / "training.json").read_text())
+    assert report["data"]["settings"]["sources"] == report["config"]["sources"] == [str(speech)]
+
+
+def test_a_table_may_begin_with_a_bom_but_not_end_in_the_middle_of_a_line(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("wav,spk_id\na.wav,x\n", encoding="utf-8-sig")
+    assert speech_prepare.find_audio(table) == [(str(tmp_path / "a.wav"), "x")]
+    table = tmp_path / "train.tsv"
+    table.write_text("client_id\tpath\nx\ta.mp3\ny")
+    with pytest.raises(ValueError, match="train.tsv, line 3: expected 2 fields"):
+        speech_prepare.find_audio(table)
+
+
+def test_results_of_several_processes_come_in_order():
+    assert list(worker_pool.in_order(abs, range(-20, 0), workers=2)) == list(range(20, 0, -1))
+
+
+def test_a_killed_worker_ends_the_run():
+    with pytest.raises(OSError, match="a worker process was killed .*fewer --workers"):
+        list(worker_pool.in_order(os._exit, [1], workers=2))
 
 
 def test_a_run_is_not_continued_with_another_configuration(speech, trained):
@@ -222,11 +412,8 @@ def test_stored_log_mels_are_those_of_transformers(trained):
 
 
 def test_held_out_speakers_are_not_trained_on(trained):
-    parts = []
-    for part in ("train", "valid"):
-        lines = (trained / "prepared" / f"{part}.csv").read_text().splitlines()[1:]
-        parts.append({line.split(",")[3] for line in lines})
-    assert parts[0] and parts[1] and not parts[0] & parts[1]
+    train, valid = ({who for _, who in part} for part in _prepared_parts(trained / "prepared"))
+    assert train and valid and not train & valid
 
 
 def test_useless_files_are_skipped_by_name_and_counted(tmp_path, caplog):
@@ -291,25 +478,74 @@ def test_cepstral_views_do_not_look_across_utterances():
     other = features.copy()
     other[20:] += 5
     bounds = [(0, 20), (20, 10)]
-    for view, changed in zip(
-        targets.cepstral_views(features, bounds), targets.cepstral_views(other, bounds), strict=True
-    ):
+    views, others = (targets.cepstral_views(f, bounds)(0, 30) for f in (features, other))
+    for view, changed in zip(views, others, strict=True):
         scale = (changed[0] / view[0])[None]
         np.testing.assert_allclose(view[:20] * scale, changed[:20], rtol=1e-3, atol=1e-4)
 
 
-def test_teacher_states_are_those_of_each_utterance_alone(tmp_path):
+def test_codes_do_not_depend_on_the_size_of_blocks(monkeypatch):
+    features = np.random.default_rng(0).standard_normal((300, 320)).astype(np.float16)
+    bounds = [(0, 5), (5, 100), (105, 1), (106, 194)]
+    read = []
+
+    class OnDisk:
+        def __len__(self):
+            return len(features)
+
+        def __getitem__(self, span):
+            read.append(len(features[span]))
+            return features[span]
+
+    def codes():
+        views_at = targets.cepstral_views(OnDisk(), bounds)
+        return targets.cluster(views_at, 300, 4, sample=200)
+
+    expected = codes()
+    projected = targets.random_projection(features, 2, 16)
+    read.clear()
+    monkeypatch.setattr(targets, "BLOCK", 7)
+    assert (codes() == expected).mean() > 0.99
+    assert (targets.random_projection(features, 2, 16) == projected).all()
+    assert max(read) <= 7 + 4  # memory does not grow with the hours
+
+
+def test_clusters_of_a_sample_name_all_frames():
+    points = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
+    codes = targets.cluster(lambda a, b: [points[a:b], points[a:b, :1]], 50, 4, sample=20, seed=1)
+    drawn = np.random.default_rng(1).permutation(50)[:20]
+    for book, view in enumerate([points, points[:, :1]]):
+        view = torch.from_numpy(view)
+        centres = targets.kmeans(view[drawn], 4, seed=1)
+        assert targets.assign(view, centres).tolist() == codes[:, book].tolist()
+
+
+def test_teacher_states_are_those_of_each_utterance_or_piece_of_it_alone(tmp_path):
     model = Wav2Vec2BertModel(_tiny_config(num_hidden_layers=3)).eval()
     model.save_pretrained(tmp_path)
     features = np.memmap(tmp_path / "features", np.float16, mode="w+", shape=(30, 320))
     features[:] = np.random.default_rng(0).standard_normal((30, 320))
     bounds = [(0, 20), (20, 10)]
-    states = targets.states_of(str(tmp_path), features, bounds, [1, 2], tmp_path / "s", workers=1)
-    with torch.no_grad():
-        inputs = torch.from_numpy(features[20:].astype(np.float32))[None]
-        alone = model(inputs, output_hidden_states=True).hidden_states
-    for layer in (1, 2):
-        np.testing.assert_allclose(states[layer - 1, 20:], alone[layer][0], atol=5e-3)
+    states = targets.states_of(
+        str(tmp_path), features, bounds, [1, 2], tmp_path / "s", max_frames=12, workers=1
+    )
+    for start, stop in ((0, 10), (10, 20), (20, 30)):
+        with torch.no_grad():
+            inputs = torch.from_numpy(features[start:stop].astype(np.float32))[None]
+            alone = model(inputs, output_hidden_states=True).hidden_states
+        for layer in (1, 2):
+            np.testing.assert_allclose(states[layer - 1, start:stop], alone[layer][0], atol=5e-3)
+
+
+def test_a_second_round_predicts_clusters_of_the_first_ones_states(speech, trained, tmp_path):
+    changes = {"objective": "cepstra+states", "codebooks": 3, "teacher_layers": "[1, 2]"}
+    changes |= {"teacher": trained / "run" / "encoder", "init": trained / "run" / "encoder"}
+    prepared = {"prepared_folder": trained / "prepared", "max_frames": 20, "max_steps": 2}
+    _recipe_main()(_arguments(speech, tmp_path, **changes, **prepared))
+    codes = np.load(tmp_path / "run" / "codes.npy")
+    assert codes.shape[1] == 3 and not (tmp_path / "run" / "states.f16").exists()
+    assert (codes[:, 0] == np.load(trained / "run" / "codes.npy")[:, 0]).all()  # the cepstra's
+    assert _history(tmp_path)[-1]["steps"] == 2
 
 
 def test_attention_starts_with_heads_that_look_ahead_and_around():

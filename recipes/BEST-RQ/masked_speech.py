@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import logging
-import math
 import os
 import random
 import time
@@ -104,8 +103,8 @@ class Pretrainer(nn.Module):
         SeamlessM4TFeatureExtractor(
             feature_size=mels, num_mel_bins=mels, stride=stride, padding_value=0.0
         ).save_pretrained(folder)
-        with open(Path(folder) / "training.json", "w", encoding="utf-8") as out:
-            json.dump(report, out, indent=1)
+        # Last and in one step: by it a run that goes on knows that all was written.
+        write_atomically(Path(folder) / "training.json", json.dumps(report, indent=1))
 
 
 def relative_key_scores(module, query, key):
@@ -255,13 +254,9 @@ class SpeechSegments(torch.utils.data.Dataset):
     def __init__(self, prepared, part, codes, max_frames, mask):
         self.features, rows = load_prepared(prepared, part)
         self.codes = np.load(codes, mmap_mode="r")
-        self.part, self.mask, self.segments = part, mask, []
-        for start, count in rows:
-            pieces = math.ceil(count / max_frames)
-            cuts = [start + count * i // pieces for i in range(pieces + 1)]
-            self.segments += [
-                (a, b - a) for a, b in zip(cuts, cuts[1:], strict=False) if b - a >= mask["frames"]
-            ]
+        self.part, self.mask = part, mask
+        pieces = targets.cut_evenly(rows, max_frames)
+        self.segments = [piece for piece in pieces if piece[1] >= mask["frames"]]
 
     def __len__(self):
         return len(self.segments)
@@ -341,6 +336,32 @@ def sampler(segments, batch_frames, hparams=None):
     )
 
 
+def views_and_layers(hparams):
+    """Number of cepstral views and list of the teacher's layers that are to be clustered.
+
+    Raises
+    ------
+    ValueError
+        `objective` is none of those that `make_codes` knows, or does not fit `codebooks`.
+    """
+    books, objective = hparams["codebooks"], hparams["objective"]
+    if objective == "best_rq":
+        return 0, []
+    kinds = objective.split("+")
+    if not set(kinds) <= {"cepstra", "states"}:
+        raise ValueError(
+            f"objective={objective!r}: expected best_rq, cepstra, states or cepstra+states"
+        )
+    layers = hparams["teacher_layers"] or [] if "states" in kinds else []
+    views = max(0, books - len(layers)) if "cepstra" in kinds else 0
+    if views > 3 or books != views + len(layers):
+        raise ValueError(
+            f"codebooks={books}: with objective={objective} it is one for each of "
+            f"teacher_layers={layers}, and one for each cepstral view, at most three"
+        )
+    return views, layers
+
+
 def make_codes(hparams):
     """Writes codes.npy and targets.json for all prepared frames, unless they are there.
 
@@ -361,30 +382,11 @@ def make_codes(hparams):
     features, rows = load_prepared(hparams["prepared_folder"], "train")
     rows = rows + load_prepared(hparams["prepared_folder"], "valid")[1]
     books, size, objective = hparams["codebooks"], hparams["codes"], hparams["objective"]
+    views, layers = views_and_layers(hparams)
     if objective == "best_rq":
         codes = targets.random_projection(features, books, size, seed=hparams["seed"])
-    elif set(objective.split("+")) <= {"cepstra", "states"}:
-        kinds, views, path = objective.split("+"), [], folder / "states.f16"
-        layers = hparams["teacher_layers"] or [] if "states" in kinds else []
-        if "cepstra" in kinds:
-            views = targets.cepstral_views(features, rows)[: max(0, books - len(layers))]
-        if books != len(views) + len(layers):
-            raise ValueError(
-                f"codebooks={books}: with objective={objective} it is one for each of "
-                f"teacher_layers={layers}, and one for each cepstral view, at most three"
-            )
-        if layers:
-            views += list(
-                targets.states_of(
-                    hparams["teacher"], features, rows, layers, path, hparams["workers"]
-                )
-            )
-        codes = targets.cluster(views, size)
-        path.unlink(missing_ok=True)
     else:
-        raise ValueError(
-            f"objective={objective!r}: expected best_rq, cepstra, states or cepstra+states"
-        )
+        codes = _cluster_codes(hparams, features, rows, views, layers)
     report = targets.usage(codes, size)
     for book, use in enumerate(report):
         logger.info("codebook %d: %s", book, use)
@@ -400,6 +402,21 @@ def make_codes(hparams):
     os.replace(folder / "codes.part.npy", folder / "codes.npy")
     found = {"objective": objective, "prepared": digest, "codebooks": report}
     write_atomically(done, json.dumps(found, indent=1))
+
+
+def _cluster_codes(hparams, features, rows, views, layers):
+    size, codes = hparams["codes"], []
+    if views:
+        views_at = targets.cepstral_views(features, rows, views)
+        codes.append(targets.cluster(views_at, len(features), size))
+    if layers:
+        path = Path(hparams["output_folder"]) / "states.f16"
+        teacher, cut, workers = (hparams[k] for k in ("teacher", "max_frames", "workers"))
+        for states in targets.states_of(teacher, features, rows, layers, path, cut, workers):
+            # Bound now, as the loop goes on to the next layer's states.
+            codes.append(targets.cluster(lambda a, b, s=states: [s[a:b]], len(features), size))
+        path.unlink()
+    return np.concatenate(codes, axis=1)
 
 
 def build_optimizers(pretrainer, weight_decay=0.01, betas=(0.9, 0.98)):

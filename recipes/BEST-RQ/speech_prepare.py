@@ -5,28 +5,30 @@ once and kept in half precision: on a CPU, decoding and filter banks would be pa
 """
 
 import csv
+import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import random
 import re
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from worker_pool import in_order
 
-from hff_modules.data.audio import AudioError, read_audio
+from hff_modules.data.audio import read_audio
+from hff_modules.data.prepare import read_table
 from hff_modules.files import open_atomically, write_atomically
 from hff_modules.frontend import KaldiLogMel
+from hff_modules.recordings import audio_below
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000
-AUDIO_ENDINGS = {".wav", ".flac", ".mp3", ".opus", ".ogg"}
 SPEAKER_COLUMNS = ("spk_id", "client_id", "speaker")
 AUDIO_COLUMNS = ("wav", "path", "file")
+NEEDED = "expected two at least, as some speech has to be held out"
 
 
 def reason_to_skip(wav, min_seconds=0.4, min_level=-65.0, max_clipped=0.02):
@@ -77,29 +79,58 @@ def find_audio(source):
     """
     source = Path(source)
     if source.is_dir():
-        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in AUDIO_ENDINGS)
+        paths = audio_below(source)
         if not paths:
-            raise ValueError(f"no audio ({', '.join(sorted(AUDIO_ENDINGS))}) below {source}")
+            raise ValueError(f"no audio below {source}")
         return [(str(p), re.split("[-_]", p.stem)[0]) for p in paths]
     if not source.is_file():
         raise FileNotFoundError(f"sources: {source} is neither a folder nor a table")
-    with open(source, newline="", encoding="utf-8") as table:
-        tabs = source.suffix == ".tsv"
-        quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-        rows = list(csv.DictReader(table, delimiter="\t" if tabs else ",", quoting=quoting))
-    columns = rows[0].keys() if rows else []
+    tabs = source.suffix == ".tsv"
+    form = {"delimiter": "\t" if tabs else ","}
+    form["quoting"] = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    with open(source, newline="", encoding="utf-8-sig", errors="replace") as table:
+        columns = next(csv.reader(table, **form), [])
     audio = next((c for c in AUDIO_COLUMNS if c in columns), None)
     if audio is None:
-        raise ValueError(f"{source} needs a column {', '.join(AUDIO_COLUMNS)}; has {list(columns)}")
+        raise ValueError(f"{source} needs a column {', '.join(AUDIO_COLUMNS)}; has {columns}")
     speaker = next((c for c in SPEAKER_COLUMNS if c in columns), None)
     folder = source.parent
     clips = folder / "clips"
     found = []
-    for row in rows:
+    for row in read_table(source, [audio, speaker] if speaker else [audio], **form):
         name = row[audio].replace("{data_root}", str(folder)).replace("$data_root", str(folder))
         path = clips / name if clips.is_dir() and not (folder / name).exists() else folder / name
         found.append((str(path), row[speaker] if speaker else re.split("[-_]", path.stem)[0]))
     return found
+
+
+def as_list(sources):
+    """One source or several of them, as a list of str."""
+    one = isinstance(sources, str | os.PathLike)
+    return [str(source) for source in ([sources] if one else sources or [])]
+
+
+def _find_all(sources):
+    """(path, speaker) of all recordings; a speaker is one of a source."""
+    found = []
+    for source in sources:
+        found += [(path, f"{source}/{speaker}") for path, speaker in find_audio(source)]
+    return found
+
+
+def _fingerprint(found):
+    """Names, speakers and sizes of recordings in 16 characters, which change with any of them."""
+    digest = hashlib.sha256()
+    for path, speaker in found:
+        try:
+            size = os.path.getsize(path)
+        except OSError:
+            size = "missing"
+        try:
+            digest.update(f"{path}\t{speaker}\t{size}\n".encode())
+        except UnicodeEncodeError:
+            raise ValueError(f"{path!r}: expected a file name in UTF-8; rename it") from None
+    return digest.hexdigest()[:16]
 
 
 def _process(job):
@@ -108,7 +139,7 @@ def _process(job):
         return "missing", None
     try:
         wav = read_audio(path, SAMPLE_RATE)
-    except AudioError:
+    except (ValueError, RuntimeError, MemoryError):  # a broken header may ask for any size
         return "unreadable", None
     reason = reason_to_skip(wav, **rules)
     if reason:
@@ -122,21 +153,21 @@ def prepare_speech(
 ):
     """Writes `features.f16` (all stacked frames), `train.csv`, `valid.csv` and `prepared.json`.
 
-    Nothing is done when `save_folder` was prepared from the same settings before; other settings
-    are refused. The held-out part are whole speakers, drawn by `seed`, none longer than a quarter.
+    Nothing is done when `save_folder` was prepared from the same files and settings before; others
+    are refused. What is held out says `_hold_out`.
 
     Arguments
     ---------
-    sources : list of str
+    sources : str or list of str
         Folders and tables, see `find_audio`. **Give training parts only.**
     save_folder : str
         Where to write.
     valid_seconds : float
-        Size of the held-out part.
+        Size of the held-out part; at most a quarter of all.
     stride : int
         Frames that the model stacks; utterances are cut to a multiple of it.
     seed : int
-        Draws the held-out speakers.
+        Draws the held-out speech.
     workers : int
         Processes.
     rules : dict, optional
@@ -146,35 +177,32 @@ def prepare_speech(
     -------
     dict
         Hours, files and what was skipped, as in `prepared.json`.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two recordings, or other files or settings than `save_folder` was prepared from.
+    OSError
+        A source is not there, or a worker was killed.
     """
     rules = dict(rules or {})
-    folder = Path(save_folder)
+    folder, sources = Path(save_folder), as_list(sources)
     done = folder / "prepared.json"
-    settings = {"sources": [str(s) for s in sources], "valid_seconds": valid_seconds}
+    settings = {"sources": sources, "valid_seconds": valid_seconds}
     settings |= {"stride": stride, "seed": seed, "rules": rules}
     if done.exists():
         report = json.loads(done.read_text())
-        for key, value in settings.items():
-            if report["settings"][key] != value:
-                raise ValueError(
-                    f"{folder} was prepared with {key}={report['settings'][key]!r}, not {value!r}: "
-                    "give another prepared folder or remove that one"
-                )
+        _check_same(folder, report, settings)
         return report
-    folder.mkdir(parents=True, exist_ok=True)
+    found = _find_all(sources)
+    settings["fingerprint"] = _fingerprint(found)
+    if len({path for path, _ in found}) < 2:
+        raise ValueError(f"sources={sources}: {len(found)} recordings; {NEEDED}")
 
-    found = []
-    for source in sources:
-        found += [(path, f"{source}/{speaker}") for path, speaker in find_audio(source)]
+    folder.mkdir(parents=True, exist_ok=True)
     skipped, rows, offset = Counter(), [], 0
-    jobs = [(path, stride, rules) for path, _ in found]
-    with ExitStack() as stack:
-        out = stack.enter_context(open(folder / "features.f16.part", "wb"))
-        results = map(_process, jobs)
-        if workers > 1:
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(context.Pool(workers, torch.set_num_threads, (1,)))
-            results = pool.imap(_process, jobs, chunksize=16)
+    results = in_order(_process, ((path, stride, rules) for path, _ in found), workers)
+    with open(folder / "features.f16.part", "wb") as out:
         for (path, speaker), (reason, mels) in zip(found, results, strict=True):
             if reason:
                 skipped[reason] += 1
@@ -183,43 +211,93 @@ def prepare_speech(
             out.write(mels.tobytes())
             rows.append((path, speaker, offset, len(mels)))
             offset += len(mels)
-    if not rows:
-        raise ValueError(f"no usable audio in {settings['sources']}: {dict(skipped)}")
+    if len(rows) < 2:
+        usable = f"{len(rows)} recordings that can be used, skipped {dict(skipped)}"
+        raise ValueError(f"sources={sources}: {usable}; {NEEDED}")
     os.replace(folder / "features.f16.part", folder / "features.f16")
 
     valid = _hold_out(rows, valid_seconds * 100 / stride, seed)
-    hours = Counter()
-    if valid >= {row[1] for row in rows}:
-        raise ValueError(
-            f"{settings['sources']}: all speech is of one speaker, {min(valid)}, as far as folders "
-            "and tables tell (a column client_id, or file names up to the first - or _), and some "
-            "has to be held out"
-        )
-    for split in ("train", "valid"):
-        part = [row for row in rows if (row[1] in valid) == (split == "valid")]
-        hours[split] = sum(row[3] for row in part) * stride / 360000
-        _write_csv(folder / f"{split}.csv", part, stride)
+    parts = {
+        "train": [row for row in rows if row not in valid],
+        "valid": [row for row in rows if row in valid],
+    }
+    hours = {name: sum(row[3] for row in part) * stride / 360000 for name, part in parts.items()}
+    for name, part in parts.items():
+        _write_csv(folder / f"{name}.csv", part, stride)
     if skipped:
         logger.warning("skipped %d of %d: %s", sum(skipped.values()), len(found), dict(skipped))
+    logger.info("%.2f hours to train on, %.2f held out", hours["train"], hours["valid"])
     report = {"settings": settings, "files": len(rows), "skipped": dict(skipped)}
-    report |= {"hours": dict(hours), "valid_speakers": len(valid)}
+    report |= {"hours": hours, "valid_speakers": len({row[1] for row in valid})}
     write_atomically(done, json.dumps(report, indent=1))
     return report
 
 
+def _check_same(folder, report, settings):
+    """Refuses speech that was prepared from other files or with other settings."""
+    remedy = "give another prepared folder or remove that one"
+    for key, value in settings.items():
+        if report["settings"][key] != value:
+            raise ValueError(
+                f"{folder} was prepared with {key}={report['settings'][key]!r}, not {value!r}: "
+                f"{remedy}"
+            )
+    try:
+        found = _find_all(settings["sources"])
+    except FileNotFoundError as error:  # the recordings themselves are no longer needed
+        logger.warning("%s; %s holds what was prepared from it", error, folder)
+        return
+    before, known = report["files"] + sum(report["skipped"].values()), report["settings"]
+    if "fingerprint" not in known:  # by an earlier version of this recipe
+        logger.warning(
+            "%s was prepared from %d files and does not tell which; there are %d now, and what is "
+            "new among them is not used",
+            *(folder, before, len(found)),
+        )
+    elif len(found) != before:
+        raise ValueError(
+            f"{folder} was prepared from {before} files, now there are {len(found)}: {remedy}"
+        )
+    elif known["fingerprint"] != _fingerprint(found):
+        raise ValueError(
+            f"{folder} was prepared from {before} files, of which some have now another name, "
+            f"size or speaker, or were missing then or are now: {remedy}"
+        )
+
+
 def _hold_out(rows, frames, seed):
-    """Whole speakers with `frames` in all; none with more than a quarter: no voice shall rule."""
+    """Rows with about `frames` frames, at most a quarter of all: speakers, or else recordings.
+
+    Whole speakers, none with more than a quarter of what is held out (no voice shall rule), or the
+    one who has said least. If even that one has said too much, single recordings.
+    """
     spoken = Counter()
     for _, speaker, _, count in rows:
         spoken[speaker] += count
+    frames = min(frames, sum(spoken.values()) / 4)
     speakers = sorted(spoken)
     random.Random(seed).shuffle(speakers)
     held, total = set(), 0
-    for speaker in speakers[:-1]:
+    for speaker in speakers:
         if total < frames and spoken[speaker] <= frames / 4:
             held.add(speaker)
             total += spoken[speaker]
-    return held or {min(spoken, key=spoken.get)}
+    least = min(spoken, key=spoken.get)
+    if not held and spoken[least] <= frames:
+        held = {least}
+    if held:
+        return {row for row in rows if row[1] in held}
+
+    logger.warning(
+        "no speaker is short enough to be held out (of %d, as far as tables and file names tell): "
+        "single recordings are, and their voices are trained on, too",
+        len(spoken),
+    )
+    for row in random.Random(seed).sample(rows, len(rows)):
+        if total + row[3] <= frames:
+            held.add(row)
+            total += row[3]
+    return held or {min(rows, key=lambda row: row[3])}
 
 
 def _write_csv(path, rows, stride):

@@ -4,16 +4,50 @@ BEST-RQ: Chiu et al., arXiv 2202.01855. Clusters of cepstra, then of the model's
 Hsu et al., arXiv 2106.07447.
 """
 
-import multiprocessing
+import functools
+import math
 
 import numpy as np
 import torch
 from scipy.fft import dct
 from speechbrain.nnet.quantisers import RandomProjectionQuantizer
 from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
+from worker_pool import in_order
 
-BLOCK = 20000  # frames at a time: bounds the memory of distances
-_LOADED = {}  # what a worker process of states_of works with
+BLOCK = 20000  # frames at a time: bounds the memory of distances, cepstra and features
+
+
+def cut_evenly(bounds, max_frames):
+    """Utterances of more than `max_frames` frames in pieces of about the same length.
+
+    Arguments
+    ---------
+    bounds : list of (int, int)
+        First frame and number of frames of every utterance.
+    max_frames : int
+        Longest piece.
+
+    Returns
+    -------
+    list of (int, int)
+        The same of the pieces.
+
+    Example
+    -------
+    >>> cut_evenly([(0, 5), (5, 2)], 3)
+    [(0, 2), (2, 3), (5, 2)]
+    """
+    pieces = []
+    for start, count in bounds:
+        number = math.ceil(count / max_frames)
+        cuts = [start + count * i // number for i in range(number + 1)]
+        pieces += [(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return pieces
+
+
+def blocks_of(frames):
+    """(start, stop) of all blocks of at most BLOCK frames."""
+    return [(start, min(start + BLOCK, frames)) for start in range(0, frames, BLOCK)]
 
 
 def kmeans(points, clusters, iterations=25, seed=0):
@@ -59,11 +93,12 @@ def assign(points, centres):
     return torch.cat([(half - block @ centres.T).argmin(1) for block in points.split(BLOCK)])
 
 
-def cepstral_views(features, bounds, num_mels=80, num_cepstra=13):
-    """Three views of the spectrum around each frame, each to be clustered for itself.
+def cepstral_views(features, bounds, number=3, num_mels=80, num_cepstra=13):
+    """Up to three views of the spectrum around each frame, each to be clustered for itself.
 
     Cepstra with first and second differences; cepstra at -2, 0, +2 frames; cepstra of the two
-    halves of the frame. Several clusterings name more of a frame than one can.
+    halves of the frame. Several clusterings name more of a frame than one can. Views are made
+    when they are asked for, as those of all frames take more memory than there may be.
 
     Arguments
     ---------
@@ -71,46 +106,67 @@ def cepstral_views(features, bounds, num_mels=80, num_cepstra=13):
         (N, stride * num_mels) stacked log-mels of all utterances, one after the other.
     bounds : list of (int, int)
         First frame and number of frames of every utterance; differences do not cross them.
+    number : int
+        Views.
 
     Returns
     -------
-    list of np.ndarray
-        (N, ·) float32, each kind of value with variance 1.
+    callable
+        (start, stop) -> list of `number` np.ndarray (stop - start, ·), float32, each kind of value
+        with variance 1 over all N frames.
     """
+    starts, counts = np.array(sorted(bounds)).T
 
-    def cepstra_of(block):  # one block at a time in float32, and nothing of it kept but these
-        mels = block.astype(np.float32).reshape(len(block), -1, num_mels)
-        return dct(mels, axis=-1, norm="ortho")[..., :num_cepstra].copy()
+    def unscaled(start, stop):
+        # Differences of differences look two frames to either side.
+        low, high = max(0, start - 2), min(len(features), stop + 2)
+        mels = features[low:high].astype(np.float32).reshape(high - low, -1, num_mels)
+        cepstra = dct(mels, axis=-1, norm="ortho")[..., :num_cepstra]
+        at = np.arange(low, high)
+        utterance = np.searchsorted(starts, at, side="right") - 1
+        first = np.maximum(starts[utterance], low)
+        last = np.minimum(starts[utterance] + counts[utterance], high) - 1
 
-    blocks = np.array_split(features, max(1, len(features) // BLOCK))
-    cepstra = np.concatenate([cepstra_of(block) for block in blocks])
-    first, last = np.zeros((2, len(features)), np.int64)
-    for start, count in bounds:
-        first[start : start + count] = start
-        last[start : start + count] = start + count - 1
-    at = np.arange(len(features))
+        def shifted(values, by):
+            return values[np.clip(at + by, first, last) - low]
 
-    def shifted(values, by):
-        return values[np.clip(at + by, first, last)]
+        middle = cepstra.mean(1)
+        delta = shifted(middle, 1) - shifted(middle, -1)
+        half = cepstra.shape[1] // 2 or 1
+        views = [
+            [middle, delta, shifted(delta, 1) - shifted(delta, -1)],
+            [shifted(middle, -2), middle, shifted(middle, 2)],
+            [cepstra[:, :half].mean(1), cepstra[:, -half:].mean(1)],
+        ]
+        inside = slice(start - low, stop - low)
+        return [np.concatenate(view, axis=1)[inside] for view in views[:number]]
 
-    middle = cepstra.mean(1)
-    delta = shifted(middle, 1) - shifted(middle, -1)
-    half = cepstra.shape[1] // 2 or 1
-    views = [
-        [middle, delta, shifted(delta, 1) - shifted(delta, -1)],
-        [shifted(middle, -2), middle, shifted(middle, 2)],
-        [cepstra[:, :half].mean(1), cepstra[:, -half:].mean(1)],
+    sums, squares = [0.0] * number, [0.0] * number
+    for block in blocks_of(len(features)):
+        for index, view in enumerate(unscaled(*block)):
+            sums[index] += view.sum(0, dtype=np.float64)
+            squares[index] += np.square(view, dtype=np.float64).sum(0)
+    spreads = [
+        np.sqrt(np.maximum(square / len(features) - (total / len(features)) ** 2, 0))
+        for total, square in zip(sums, squares, strict=True)
     ]
-    return [np.concatenate([v / (v.std(0) + 1e-5) for v in view], axis=1) for view in views]
+
+    def views_at(start, stop):
+        views = zip(unscaled(start, stop), spreads, strict=True)
+        return [view / (spread + 1e-5).astype(np.float32) for view, spread in views]
+
+    return views_at
 
 
-def cluster(views, clusters, sample=150000, seed=0):
-    """Codes by one k-means per view.
+def cluster(views_at, frames, clusters, sample=150000, seed=0):
+    """Codes by one k-means per view; the views are read block by block.
 
     Arguments
     ---------
-    views : list of np.ndarray
-        (N, ·) each.
+    views_at : callable
+        (start, stop) -> list of np.ndarray (stop - start, ·), one for each view.
+    frames : int
+        Of all, N.
     clusters : int
         Codes of each view.
     sample : int
@@ -119,14 +175,29 @@ def cluster(views, clusters, sample=150000, seed=0):
     Returns
     -------
     np.ndarray
-        (N, len(views)) int16
+        (N, views) int16
     """
-    codes = []
-    for view in views:
-        points = torch.from_numpy(np.ascontiguousarray(view, dtype=np.float32))
-        drawn = np.random.default_rng(seed).permutation(len(points))[:sample]
-        codes.append(assign(points, kmeans(points[drawn], clusters, seed=seed)).numpy())
-    return np.stack(codes, axis=1).astype(np.int16)
+    drawn = np.random.default_rng(seed).permutation(frames)[:sample].copy()
+    centres = [kmeans(points, clusters, seed=seed) for points in _points(views_at, frames, drawn)]
+    codes = np.empty((frames, len(centres)), np.int16)
+    for start, stop in blocks_of(frames):
+        for book, view in enumerate(views_at(start, stop)):
+            points = torch.from_numpy(view.astype(np.float32))
+            codes[start:stop, book] = assign(points, centres[book]).numpy()
+    return codes
+
+
+def _points(views_at, frames, drawn):
+    """Views of the drawn frames, in the order in which they were drawn: list of (drawn, ·)."""
+    order = np.argsort(drawn)
+    ascending = drawn[order]
+    points = [torch.empty(len(drawn), view.shape[1]) for view in views_at(0, 1)]
+    for start, stop in blocks_of(frames):
+        first, last = np.searchsorted(ascending, (start, stop))
+        for kept, view in zip(points, views_at(start, stop), strict=True):
+            chosen = view[ascending[first:last] - start].astype(np.float32)
+            kept[order[first:last]] = torch.from_numpy(chosen)
+    return points
 
 
 def random_projection(features, codebooks, codes, width=16, seed=0):
@@ -137,29 +208,25 @@ def random_projection(features, codebooks, codes, width=16, seed=0):
     np.ndarray
         (N, codebooks) int16
     """
-    found = []
+    found = np.empty((len(features), codebooks), np.int16)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for _ in range(codebooks):
+        for book in range(codebooks):
             quantizer = RandomProjectionQuantizer(features.shape[1], width, codes)
             # The nearest of normalised codes is the one with the largest product; the quantizer's
             # own forward takes every difference and with it 16 times the memory.
-            blocks = np.array_split(features, max(1, len(features) // BLOCK))
-            found.append(
-                torch.cat(
-                    [
-                        (
-                            torch.from_numpy(b.astype(np.float32)) @ quantizer.P @ quantizer.CB.T
-                        ).argmax(1)
-                        for b in blocks
-                    ]
-                )
-            )
-    return torch.stack(found, 1).numpy().astype(np.int16)
+            for start, stop in blocks_of(len(features)):
+                block = torch.from_numpy(features[start:stop].astype(np.float32))
+                nearest = (block @ quantizer.P @ quantizer.CB.T).argmax(1)
+                found[start:stop, book] = nearest.numpy()
+    return found
 
 
-def states_of(teacher, features, bounds, layers, path, workers=2):
+def states_of(teacher, features, bounds, layers, path, max_frames, workers=2):
     """States of some layers for all utterances, in a file that worker processes fill.
+
+    The teacher hears utterances in the pieces in which it was trained: those of recordings of
+    minutes as a whole would not fit into memory.
 
     Arguments
     ---------
@@ -173,6 +240,8 @@ def states_of(teacher, features, bounds, layers, path, workers=2):
         1 is the first block's output.
     path : str
         The file, (len(layers), N, hidden_size) float16; to be removed by the caller.
+    max_frames : int
+        Longer utterances are cut as by `cut_evenly`.
     workers : int
         Processes of one thread each.
 
@@ -187,46 +256,39 @@ def states_of(teacher, features, bounds, layers, path, workers=2):
     shape = len(layers), len(features), config.hidden_size
     states = np.memmap(path, np.float16, mode="w+", shape=shape)
     batches = [[]]
-    for bound in sorted(bounds, key=lambda bound: bound[1]):
-        if batches[-1] and bound[1] * (len(batches[-1]) + 1) > BLOCK // 10:
+    for piece in sorted(cut_evenly(bounds, max_frames), key=lambda piece: piece[1]):
+        if batches[-1] and piece[1] * (len(batches[-1]) + 1) > BLOCK // 10:
             batches.append([])
-        batches[-1].append(bound)
-    load = (teacher, features.filename, features.shape, layers, path, shape)
-    if workers > 1:
-        with multiprocessing.get_context("spawn").Pool(workers, _load_teacher, load) as pool:
-            pool.map(_keep_states, batches, chunksize=8)
-    else:
-        _load_teacher(*load)
-        for batch in batches:
-            _keep_states(batch)
+        batches[-1].append(piece)
+    load = (teacher, features.filename, features.shape, tuple(layers), path, shape)
+    _loaded.cache_clear()  # a file of this name may be another one now
+    for _ in in_order(functools.partial(_keep_states, load), batches, workers):
+        pass
     return states
 
 
-def _load_teacher(teacher, features, features_shape, layers, path, shape):
-    if multiprocessing.parent_process() is not None:
-        torch.set_num_threads(1)
+@functools.lru_cache(maxsize=1)  # once per process
+def _loaded(teacher, features, features_shape, layers, path, shape):
     model = Wav2Vec2BertModel.from_pretrained(teacher, dtype=torch.float32).eval()
     del model.encoder.layers[max(layers) :]
-    _LOADED["model"], _LOADED["layers"] = model, layers
-    _LOADED["features"] = np.memmap(features, np.float16, mode="r", shape=features_shape)
-    _LOADED["states"] = np.memmap(path, np.float16, mode="r+", shape=shape)
+    features = np.memmap(features, np.float16, mode="r", shape=features_shape)
+    return model, features, layers, np.memmap(path, np.float16, mode="r+", shape=shape)
 
 
 @torch.inference_mode()
-def _keep_states(batch):
-    size = len(batch), max(count for _, count in batch), _LOADED["features"].shape[1]
+def _keep_states(load, batch):
+    model, features, layers, states = _loaded(*load)
+    size = len(batch), max(count for _, count in batch), features.shape[1]
     inputs, mask = torch.zeros(size), torch.zeros(size[:2], dtype=torch.long)
     for row, (start, count) in enumerate(batch):
-        frames = _LOADED["features"][start : start + count].astype(np.float32)
+        frames = features[start : start + count].astype(np.float32)
         inputs[row, :count] = torch.from_numpy(frames)
         mask[row, :count] = 1
-    outputs = _LOADED["model"](
-        input_features=inputs, attention_mask=mask, output_hidden_states=True
-    )
-    for index, layer in enumerate(_LOADED["layers"]):
+    outputs = model(input_features=inputs, attention_mask=mask, output_hidden_states=True)
+    for index, layer in enumerate(layers):
         for row, (start, count) in enumerate(batch):
             state = outputs.hidden_states[layer][row, :count]
-            _LOADED["states"][index, start : start + count] = state.half().numpy()
+            states[index, start : start + count] = state.half().numpy()
 
 
 def usage(codes, size):

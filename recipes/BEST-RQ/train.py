@@ -12,15 +12,22 @@ import logging
 import math
 import os
 import random
-import sys
 from pathlib import Path
 
 import speechbrain as sb
 import torch
-from masked_speech import Pretrainer, Progress, SpeechSegments, make_codes, sampler
-from speech_prepare import prepare_speech
+from masked_speech import (
+    Pretrainer,
+    Progress,
+    SpeechSegments,
+    make_codes,
+    sampler,
+    views_and_layers,
+)
+from speech_prepare import as_list, prepare_speech
 from speechbrain.utils.distributed import if_main_process, main_process_only, run_on_main
 
+from hff_modules.cli import run
 from hff_modules.config import load_config
 
 RECIPE = Path(__file__).resolve().parent
@@ -84,6 +91,7 @@ class Pretraining(sb.Brain):
         if spent or (steps is not None and self.optimizer_step >= steps):
             logger.info("the budget of this run is spent: %s", self.hparams.encoder_folder)
             counter.limit = counter.current
+            self.export()  # it may have been killed between its last checkpoint and this
 
     def init_optimizers(self):
         """One optimizer for the encoder and one, with its own rate, for the head."""
@@ -127,7 +135,11 @@ class Pretraining(sb.Brain):
 
     @main_process_only
     def export(self):
-        """Writes the encoder as a Hugging Face folder, with `training.json`."""
+        """Writes the encoder as a Hugging Face folder, with `training.json`, unless it is there."""
+        path = Path(self.hparams.encoder_folder) / "training.json"
+        written = json.loads(path.read_text())["history"] if path.exists() else []
+        if written == self.progress.history:
+            return
         pretrainer = getattr(self.modules.pretrainer, "module", self.modules.pretrainer)
         report = {"config": self.hparams.settings, "data": self.hparams.prepared}
         report |= {"targets": self.hparams.targets, "history": self.progress.history}
@@ -138,8 +150,9 @@ def check_settings(path, settings, may_change):
     """A run that is continued has the settings it began with, apart from those that may change."""
     if path.exists() and path.with_name("targets.json").exists():  # else nothing was done
         before = json.loads(path.read_text())
-        for key in sorted(before.keys() | settings.keys()):
-            if key not in may_change and before.get(key) != settings.get(key):
+        # What `prepare` holds are values of other keys, some of which may change.
+        for key in sorted((before.keys() | settings.keys()) - {"prepare", *may_change}):
+            if before.get(key) != settings.get(key):
                 raise ValueError(
                     f"{path.parent} holds a run with {key}={before.get(key)!r}, now it is "
                     f"{settings.get(key)!r}: give it back, or another --output_folder"
@@ -151,6 +164,8 @@ def main(argv):
     """Prepare, quantize, pretrain, export."""
     hparams, run_opts = load_config(argv, RECIPE / "hparams" / "best_rq.yaml")
     torch.set_flush_denormal(True)
+    hparams["sources"] = as_list(hparams["sources"])
+    views_and_layers(hparams)  # what cannot work is refused before hours of preparation
     plain = (str, int, float, bool, list, dict, type(None))
     settings = {k: v for k, v in hparams.items() if isinstance(v, plain) and k != "config"}
     settings = json.loads(json.dumps(settings))
@@ -206,4 +221,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)
