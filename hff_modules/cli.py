@@ -1,8 +1,12 @@
-"""How a job ends when something is wrong: one message, not a traceback from deep inside."""
+"""How a job ends: in good order; or, when something is wrong, with one message for the user."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
+
+import torch
+from speechbrain.utils.distributed import is_distributed_initialized
 
 
 def run(main: Callable[[Sequence[str]], object]) -> None:
@@ -23,3 +27,8 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"\nerror: {message}\n(HFF_TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(1)
+    if is_distributed_initialized():
+        # Left to the interpreter's end, gloo's threads abort every other job that is done, see
+        # https://github.com/pytorch/pytorch/pull/179291; modules in cycles keep the group alive.
+        gc.collect()
+        torch.distributed.destroy_process_group()

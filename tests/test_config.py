@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from hff_modules import config
+from hff_modules import cli, config
 from hff_modules.config import (
     METHODS,
     given,
@@ -174,3 +175,10 @@ def test_a_recipe_may_refine_the_projects_method_of_the_same_name(files):
 @pytest.mark.parametrize("path", sorted(METHODS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_method_file_is_called_what_it_is(path):
     assert merge_files(path)["method"] == path.stem
+
+
+def test_a_job_that_is_done_leaves_its_process_group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    cli.run(lambda argv: torch.distributed.barrier())
+    assert not torch.distributed.is_initialized()
