@@ -21,9 +21,10 @@ import torch
 from training_step import CONFIGS, write_shape
 
 from hff_modules import SSLEncoder
-from hff_modules.cache import DTYPES, StateCache, batches_of
+from hff_modules.cache import DTYPES, StateCache
 from hff_modules.cli import run
 from hff_modules.data.audio import read_audio
+from hff_modules.data.batches import by_length, padded
 from hff_modules.measure import versions, write_results
 
 BATCH_SECONDS = 30.0
@@ -44,12 +45,10 @@ def write_noise(folder: Path, utterances: int) -> dict[tuple[str, float], float]
 
 def one_pass(encoder: SSLEncoder, speech: dict, device: str) -> None:
     """Read and encode everything, in the batches of the filling."""
-    for batch in batches_of(speech, BATCH_SECONDS):
-        signals = [read_audio(wav) for wav, _ in batch]
-        lengths = torch.tensor([len(signal) for signal in signals])
-        wavs = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True)
+    for batch in by_length(speech, speech.get, BATCH_SECONDS):
+        wavs, wav_lens = padded([read_audio(wav) for wav, _ in batch])
         with torch.no_grad():
-            states, _ = encoder(wavs.to(device), (lengths / lengths.max()).to(device))
+            states, _ = encoder(wavs.to(device), wav_lens.to(device))
         states.cpu()
 
 

@@ -26,7 +26,7 @@ from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
 from hff_modules.cache import DTYPES, StateCache
-from hff_modules.config import is_auto, rebuilt
+from hff_modules.config import rebuilt
 from hff_modules.encoder import SSLEncoder
 from hff_modules.files import write_atomically
 from hff_modules.layers import parse_layers
@@ -134,9 +134,8 @@ class Analysis:
         self.layers = store.layers
         rows = [row for part in parts.values() for row in part]
         store.fill([r["wav"] for r in rows], [r["duration"] for r in rows], batch_seconds)
-        device = next(encoder.parameters()).device
         self.train, self.dev = (
-            StoredSpeech(part, store.read, task, device=device) for part in parts.values()
+            StoredSpeech(part, store.read, task, device=encoder.device) for part in parts.values()
         )
         self.train.standardise()
         self.dev.standardise_like(self.train)
@@ -182,20 +181,10 @@ class Analysis:
             "epochs": self.epochs,
             "probes": [{"layer": n, **s} for n, s in zip(self.layers, scores, strict=True)],
             "weighted_sum": self.weighted,
-            "cka": linear_cka(self._some_frames()),
+            "cka": linear_cka(self.dev.some_frames(CKA_FRAMES)[:, :CKA_FRAMES]),
             "seconds": round(time.perf_counter() - start, 1),
             "versions": versions(),
         }
-
-    def _some_frames(self) -> torch.Tensor:
-        found, count = [], 0
-        for states, lengths, _ in self.dev.epoch(seed=0):
-            valid = torch.arange(states.shape[2]).unsqueeze(0) < lengths.unsqueeze(1)
-            found.append(states.cpu()[:, valid])
-            count += int(lengths.sum())
-            if count >= CKA_FRAMES:
-                break
-        return torch.cat(found, dim=1)[:, :CKA_FRAMES]
 
     def choose(self, spec: str, dtype: str = "fp16") -> dict[str, Any]:
         """Choose layers; gives what was chosen and why, as JSON.
@@ -287,7 +276,7 @@ class Analysis:
         if limits.seconds is not None:
             every = self._seconds(self.encoder)
             bottom = SSLEncoder(self.encoder.source, layers=[0], precision=self.encoder.precision)
-            below = min(self._seconds(bottom.to(next(self.encoder.parameters()).device)), every)
+            below = min(self._seconds(bottom.to(self.encoder.device)), every)
             costs["seconds_below"] = below
             costs["seconds_per_layer"] = (every - below) / max(self.encoder.num_layers, 1)
         return costs
@@ -295,7 +284,7 @@ class Analysis:
     def _seconds(self, encoder: SSLEncoder) -> float:
         """How long an encoder takes for all of train and dev, from some seconds of noise."""
         length = 10
-        noise = 0.1 * torch.randn(2, 16000 * length, device=next(self.encoder.parameters()).device)
+        noise = 0.1 * torch.randn(2, 16000 * length, device=self.encoder.device)
         encoder.eval()
         taken = []
         for _ in range(4):  # the first one warms up
@@ -419,4 +408,4 @@ def _write_choice(hparams, run_opts, task, train, dev, path: Path) -> None:
         write_atomically(path, shared.read_bytes())
 
 
-__all__ = ["Analysis", "Limits", "choose_layers", "is_auto", "parse_auto"]
+__all__ = ["Analysis", "Limits", "choose_layers", "parse_auto"]

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from hff_modules.data.batches import padded
+
 logger = logging.getLogger(__name__)
 
 
@@ -108,10 +110,9 @@ class Batcher:
         return batch
 
     def _compute(self, batch: Sequence[Waiting]) -> list[dict[str, Any] | Exception]:
-        lengths = torch.tensor([len(waiting.signal) for waiting in batch])
-        wavs = torch.nn.utils.rnn.pad_sequence([w.signal for w in batch], batch_first=True)
         try:
-            found = self.model(wavs, lengths / lengths.max(), [w.tasks for w in batch])
+            wavs, wav_lens = padded([waiting.signal for waiting in batch])
+            found = self.model(wavs, wav_lens, [waiting.tasks for waiting in batch])
         except Exception as error:
             if len(batch) == 1:
                 return [error]

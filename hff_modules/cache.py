@@ -10,7 +10,6 @@ that is killed leaves it valid.
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
 from hff_modules.data.audio import AudioError, read_audio
+from hff_modules.data.batches import by_length, padded
 from hff_modules.data.speed import change_speed
 from hff_modules.files import write_atomically
 
@@ -217,7 +217,7 @@ class StateCache:
                 f"caching states {self.layers} of {len(todo)} utterances ({total / 3600:.2f} h): "
                 f"about {gigabytes:.2f} GB in {self.folder}{self._about_time(total)}"
             )
-            for batch in batches_of(todo, batch_seconds):
+            for batch in by_length(todo, todo.get, batch_seconds):
                 self._compute(batch, unreadable)
                 bar.update(round(sum(todo[variant] for variant in batch)))
         finally:
@@ -237,7 +237,7 @@ class StateCache:
         if seconds < WORTH_SAYING:
             return ""
         noise = 0.1 * torch.randn(1, 5 * 16000, generator=torch.Generator().manual_seed(0))
-        noise = noise.to(self._device())
+        noise = noise.to(self.encoder.device)
         self.encoder.encode(noise[:, :16000])
         start = time.perf_counter()
         float(self.encoder.encode(noise)[0].sum())  # waits for a GPU
@@ -291,9 +291,6 @@ class StateCache:
                     f"{self.max_gigabytes:g} GB"
                 )
 
-    def _device(self) -> torch.device:
-        return next(itertools.chain(self.encoder.parameters(), self.encoder.buffers())).device
-
     def _compute(self, variants: Sequence[Variant], unreadable: list[str]) -> None:
         """Store the states of a batch; of files that cannot be read note why."""
         signals, readable = [], []
@@ -305,11 +302,9 @@ class StateCache:
                 unreadable.append(str(error))
         if not signals:
             return
-        shortest = self.encoder.minimum_samples
-        signals = [torch.nn.functional.pad(s, (0, max(0, shortest - len(s)))) for s in signals]
-        lengths = torch.tensor([len(signal) for signal in signals])
-        batch = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True).to(self._device())
-        stored, frames = self.encoder.encode(batch, (lengths / lengths.max()).to(batch.device))
+        device = self.encoder.device
+        wavs, wav_lens = padded(signals, self.encoder.minimum_samples)
+        stored, frames = self.encoder.encode(wavs.to(device), wav_lens.to(device))
         for variant, states, count in zip(readable, stored.cpu(), frames.tolist(), strict=True):
             write_atomically(self.path(*variant), save(_pack(states[:count], self.dtype)))
 
@@ -327,17 +322,6 @@ def as_stored(states: torch.Tensor, dtype: str) -> torch.Tensor:
     """Give states as they come back out of a cache of this dtype, fp32; width comes last."""
     packed = _pack(states, dtype)
     return packed["states"].float() * packed.get("scale", 1)
-
-
-def batches_of(seconds: dict[Variant, float], batch_seconds: float) -> Iterable[list[Variant]]:
-    """Share utterances out over batches, short ones first."""
-    batch: list[Variant] = []
-    for variant in sorted(seconds, key=seconds.get):
-        if batch and seconds[variant] * (len(batch) + 1) > batch_seconds:
-            yield batch
-            batch = []
-        batch.append(variant)
-    yield batch
 
 
 class AudioDigests:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from hff_modules.cli import run
 from hff_modules.data.audio import AudioError, audio_info, read_audio
+from hff_modules.data.batches import by_length, padded
 from hff_modules.data.manifest import read_rows
 from hff_modules.encoder import SSLEncoder
 from hff_modules.export_format import MANIFEST
@@ -40,7 +41,6 @@ from hff_modules.recordings import (
     STDIN,
     Failure,
     Recording,
-    batches_by_length,
     find_recordings,
 )
 from hff_modules.source import hash_tensors
@@ -299,7 +299,7 @@ def dump(
         todo = [one for one in found if not _is_done(one, place, target, encoder)]
         seconds = round(sum(one.seconds for one in todo))
         with tqdm(total=seconds, unit=" s", desc="features", disable=hidden) as bar:
-            for batch in batches_by_length(todo, batch_seconds):
+            for batch in by_length(todo, lambda one: one.seconds, batch_seconds):
                 signals = {}
                 for one in batch:
                     try:
@@ -375,16 +375,9 @@ def _computed(
 ) -> Iterator[tuple[Recording, numpy.ndarray]]:
     if not signals:
         return
-    padded = [_filled_up(signal, minimum) for signal in signals.values()]
-    lengths = torch.tensor([len(signal) for signal in padded])
-    wavs = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True)
-    features, frames = compute(wavs, lengths / lengths.max())
+    features, frames = compute(*padded(list(signals.values()), minimum))
     for one, row, count in zip(signals, features.cpu(), frames.tolist(), strict=True):
         yield one, row[..., :count, :].numpy()
-
-
-def _filled_up(signal: torch.Tensor, minimum: int) -> torch.Tensor:
-    return torch.nn.functional.pad(signal, (0, max(0, minimum - len(signal))))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ and no LayerDrop, in training as in evaluation.
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -99,6 +100,11 @@ class SSLEncoder(nn.Module):
     def maximum_samples(self) -> int | None:
         """The longest utterance (samples) that the encoder takes at once; None if any."""
         return self._family.maximum_samples
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is; log-mels alone have no parameters, but buffers."""
+        return next(itertools.chain(self.parameters(), self.buffers())).device
 
     @property
     def horizon(self) -> int:

@@ -114,45 +114,45 @@ _USE = {
 ```python
 from hff_modules.exported import load_exported
 
-model = load_exported("{name}")
+model = load_exported("my_model")
 model(wavs, wav_lens)[0]["text"]        # wavs (batch, samples) at 16 kHz; words with times as well
 
 from speechbrain.inference.ASR import EncoderASR
 
-EncoderASR.from_hparams(source="{name}").transcribe_file("speech.wav")
-EncoderASR.from_hparams(source="{name}", hparams_file="hyperparams_beam.yaml")   # beam search
+EncoderASR.from_hparams(source="my_model").transcribe_file("speech.wav")
+EncoderASR.from_hparams(source="my_model", hparams_file="hyperparams_beam.yaml")   # beam search
 ```
 
-    python -m hff_modules.transcribe {name} speech.wav
+    python -m hff_modules.transcribe my_model speech.wav
 """,
     "classification": """\
 ```python
 from hff_modules.exported import load_exported
 
-model = load_exported("{name}")
+model = load_exported("my_model")
 model(wavs, wav_lens)        # wavs (batch, samples) at 16 kHz: label and probability by slot, each
 
 from speechbrain.inference.classifiers import EncoderClassifier
 
-EncoderClassifier.from_hparams(source="{name}").classify_file("speech.wav")
+EncoderClassifier.from_hparams(source="my_model").classify_file("speech.wav")
 ```
 """,
     "speaker": """\
 ```python
 from hff_modules.exported import load_exported
 
-model = load_exported("{name}")
+model = load_exported("my_model")
 model(wavs, wav_lens)        # wavs (batch, samples) at 16 kHz: an embedding each
 
 from speechbrain.inference.speaker import SpeakerRecognition
 
-SpeakerRecognition.from_hparams(source="{name}").verify_files("one.wav", "other.wav")
+SpeakerRecognition.from_hparams(source="my_model").verify_files("one.wav", "other.wav")
 ```
 """,
 }
 
 
-def card(manifest: Mapping[str, Any], about: Mapping[str, Any], name: str = "my_model") -> str:
+def card(manifest: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """Write the model card.
 
     Arguments
@@ -161,8 +161,6 @@ def card(manifest: Mapping[str, Any], about: Mapping[str, Any], name: str = "my_
         As in ``hff.json``.
     about : Mapping[str, Any]
         ``license``, ``language``, ``dataset``, ``data_license``; unknown where it is not given.
-    name : str
-        Of the model, for the examples.
 
     Returns
     -------
@@ -222,7 +220,7 @@ def card(manifest: Mapping[str, Any], about: Mapping[str, Any], name: str = "my_
     return (
         f"---\n{stream.getvalue()}---\n\n# {manifest['method']} for {manifest['task']}\n\n"
         f"| | |\n| --- | --- |\n{table}\n{packed}\n\n## Use\n\n"
-        f"{_USE[manifest['task']].format(name=name)}{_WITH_LM if 'lm' in manifest else ''}\n"
+        f"{_USE[manifest['task']]}{_WITH_LM if 'lm' in manifest else ''}\n"
         f"`{MANIFEST}` and `{TENSORS}` are data and execute nothing. `hyperparams.yaml` is for "
         "SpeechBrain's interfaces, which build whatever classes it names: look at it before you "
         "open it from strangers so, or use `load_exported`, which does not read it.\n"

@@ -5,7 +5,6 @@ from this package's fusions, heads and adapters, tensors are safetensors.
 """
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -193,7 +192,7 @@ class Exported(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        return next(itertools.chain(self.encoder.parameters(), self.encoder.buffers())).device
+        return self.encoder.device
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Give the live tensors of adapters, fusion and head, by their names in the file."""

@@ -6,7 +6,7 @@ import platform
 import resource
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +128,10 @@ def _peak_resident_mb() -> float:
 PACKAGES = ("torch", "torchaudio", "speechbrain", "transformers")
 
 
-def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide about results."""
     found = {"python": platform.python_version()}
-    for package in packages:
+    for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

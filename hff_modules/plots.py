@@ -17,7 +17,7 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
+def new_figure(width: float, height: float, columns: int = 1):
     """Give a figure of that size (inches) and its axes, without any display.
 
     Raises
@@ -32,7 +32,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns)
+    return figure, figure.subplots(1, columns)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from speechbrain.decoders import ctc_greedy_decode
 from torch import nn
 
+from hff_modules.data.batches import by_length
 from hff_modules.data.loading import needed_frames
 from hff_modules.data.text import Units
 
@@ -252,13 +253,7 @@ class StoredSpeech:
         rows = [row for row in rows if task.usable(row, len(read(row["wav"])))]
         if not rows:
             raise ValueError(f"no utterance can be used to probe layers for {task.name}")
-        self.batches: list[list[Mapping]] = [[]]
-        for row in sorted(rows, key=lambda row: row["duration"]):
-            batch = self.batches[-1]
-            if batch and row["duration"] * (len(batch) + 1) > batch_seconds:
-                batch = []
-                self.batches.append(batch)
-            batch.append(row)
+        self.batches = list(by_length(rows, lambda row: row["duration"], batch_seconds))
 
     def standardise_like(self, other: "StoredSpeech") -> None:
         """Shift and scale every dimension of every state as in another set."""
@@ -266,17 +261,20 @@ class StoredSpeech:
 
     def standardise(self, frames: int = 20000) -> None:
         """Find out mean and deviation of every dimension of every state, on some utterances."""
+        some = self.some_frames(frames)
+        self.shift = some.mean(1)[:, None, None].to(self.device)
+        self.scale = some.std(1)[:, None, None].clamp(min=1e-4).to(self.device)
+
+    def some_frames(self, least: int) -> torch.Tensor:
+        """States (num_states, frames, width) of batches drawn evenly; always the same."""
         found, count = [], 0
-        for number in _spread(len(self.batches)):
-            states, lengths, _ = self.load(self.batches[number])
+        for states, lengths, _ in self.epoch(seed=0):
             valid = torch.arange(states.shape[2]).unsqueeze(0) < lengths.unsqueeze(1)
             found.append(states.cpu()[:, valid])
             count += int(lengths.sum())
-            if count >= frames:
+            if count >= least:
                 break
-        everything = torch.cat(found, dim=1)
-        self.shift = everything.mean(1)[:, None, None].to(self.device)
-        self.scale = everything.std(1)[:, None, None].clamp(min=1e-4).to(self.device)
+        return torch.cat(found, dim=1)
 
     def load(self, rows: Sequence[Mapping]) -> Batch:
         """Read a batch."""
@@ -303,12 +301,6 @@ class StoredSpeech:
             random.Random(seed).shuffle(order)
         for number in order:
             yield self.load(self.batches[number])
-
-
-def _spread(count: int) -> list[int]:
-    order = list(range(count))
-    random.Random(0).shuffle(order)
-    return order
 
 
 def train_probes(

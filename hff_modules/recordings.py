@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,17 +247,3 @@ def windows(pieces: Iterable[torch.Tensor], size: int, overlap: int) -> Iterator
             yield pending[:size]
             pending = pending[size - overlap :]
     yield pending
-
-
-def batches_by_length(
-    recordings: Sequence[Recording], batch_seconds: float
-) -> Iterator[list[Recording]]:
-    """Group recordings of about the same length, shortest first, up to so many padded seconds."""
-    batch: list[Recording] = []
-    for recording in sorted(recordings, key=lambda one: one.seconds):
-        if batch and recording.seconds * (len(batch) + 1) > batch_seconds:
-            yield batch
-            batch = []
-        batch.append(recording)
-    if batch:
-        yield batch

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from hff_modules.alignment import Word, aligned, best_path, words, written
 from hff_modules.cli import run
 from hff_modules.data.audio import AudioError, read_audio
+from hff_modules.data.batches import by_length, padded
 from hff_modules.data.loading import needed_frames
 from hff_modules.data.text import Units
 from hff_modules.export_format import ExportError
@@ -38,7 +39,6 @@ from hff_modules.recordings import (
     SAMPLE_RATE,
     Failure,
     Recording,
-    batches_by_length,
     find_recordings,
     read_pieces,
     windows,
@@ -176,12 +176,9 @@ class Transcriber:
             yield from self._log_probs(group)
 
     def _log_probs(self, signals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        shortest = self.model.encoder.minimum_samples
-        signals = [torch.nn.functional.pad(s, (0, max(0, shortest - len(s)))) for s in signals]
-        lengths = torch.tensor([len(signal) for signal in signals])
-        wavs = torch.nn.utils.rnn.pad_sequence(list(signals), batch_first=True)
         device = self.model.device
-        states, frames = self.model.states(wavs.to(device), (lengths / lengths.max()).to(device))
+        wavs, wav_lens = padded(signals, self.model.encoder.minimum_samples)
+        states, frames = self.model.states(wavs.to(device), wav_lens.to(device))
         outputs = self.model.outputs(states, frames).cpu()
         return [row[:count] for row, count in zip(outputs, frames.tolist(), strict=True)]
 
@@ -459,7 +456,7 @@ def _short(
 ) -> dict[Recording, Iterable[TimedWord] | AudioError]:
     """Recognise what is heard as a whole, in batches by length."""
     found: dict[Recording, Iterable[TimedWord] | AudioError] = {}
-    for batch in batches_by_length(recordings, transcriber.batch_seconds):
+    for batch in by_length(recordings, lambda one: one.seconds, transcriber.batch_seconds):
         signals = {}
         for recording in batch:
             try:

@@ -1,6 +1,7 @@
 """Made-up data sets in the layouts of the real ones, with noise for speech; and what runs need."""
 
 import csv
+import importlib.util
 import json
 from pathlib import Path
 
@@ -16,6 +17,16 @@ INTENT_SLOTS = {
     "milkAmount": [" milk", "milk", "lots of cream"],
     "sugarAmount": ["sugar", " brown sugar"],
 }
+
+
+def load_train(folder):
+    """A recipe's train.py as a module; by path, as all of them have the same name."""
+    path = Path(folder) / "train.py"
+    name = f"train_{path.parent.parent.name}_{path.parent.name}".replace("-", "_")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def arguments(folder, encoder, method, *options):

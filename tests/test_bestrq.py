@@ -1,6 +1,5 @@
 """The pretraining recipe: it learns, continues, refuses, skips and reports."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from hff_modules.encoder import SSLEncoder
+from tests import corpora
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "BEST-RQ"
 sys.path.insert(0, str(RECIPE))
@@ -50,11 +50,7 @@ TINY = {
 
 
 def _recipe_main():
-    # By path: the project's own train.py has the same name.
-    spec = importlib.util.spec_from_file_location("bestrq_train", RECIPE / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return corpora.load_train(RECIPE).main
 
 
 def _utterance(rng, seconds=2.0):

@@ -1,6 +1,5 @@
 """The recipe of any language of Common Voice: its data, its bad input, and short runs."""
 
-import importlib.util
 import json
 import logging
 import sys
@@ -23,10 +22,7 @@ WORDS = {"fr": "L’été, dit-il.", "ml": "മഴ പെയ്തു.", "th": "
 
 @pytest.fixture(scope="module")
 def main():
-    spec = importlib.util.spec_from_file_location("train_commonvoice_asr", RECIPE / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return corpora.load_train(RECIPE).main
 
 
 def write_language(root: Path, language: str, sentence: str, clips: int = 3) -> None:

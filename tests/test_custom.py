@@ -1,7 +1,6 @@
 """The recipe for people's own recordings: checks, splits, and a short run."""
 
 import csv
-import importlib.util
 import json
 import logging
 import sys
@@ -229,9 +228,7 @@ def test_a_table_with_tabs_a_bom_and_windows_line_ends_is_read(tmp_path, save):
 
 
 def test_the_recipe_checks_alone_or_runs_to_its_results(tmp_path, encoder_folder, monkeypatch):
-    spec = importlib.util.spec_from_file_location("train_custom", RECIPE / "train.py")
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
+    train = corpora.load_train(RECIPE)
     monkeypatch.chdir(tmp_path)
     path = write_csv(tmp_path / "my.csv", recordings(tmp_path))
     options = ["--csv", str(path), "--head", "!name:hff_modules.heads.LinearHead"]
@@ -247,9 +244,7 @@ def test_the_recipe_checks_alone_or_runs_to_its_results(tmp_path, encoder_folder
 def test_other_rows_do_not_go_on_with_the_run_on_those_before(
     tmp_path, encoder_folder, monkeypatch
 ):
-    spec = importlib.util.spec_from_file_location("train_custom", RECIPE / "train.py")
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
+    train = corpora.load_train(RECIPE)
     monkeypatch.chdir(tmp_path)
     rows = recordings(tmp_path, split=lambda n: "train" if n % 3 else "dev")
     path = write_csv(tmp_path / "my.csv", rows)

@@ -132,12 +132,12 @@ def test_units_that_cannot_be_made_say_why(tmp_path):
         build_units("char", ["", "  "])
     with pytest.raises(ValueError, match="training texts are empty"):
         build_units("unigram", [], vocab_size=30)
-    with pytest.raises(ValueError, match="'word'; expected char, sentencepiece, unigram or bpe"):
+    with pytest.raises(ValueError, match="'word'; expected char, unigram or bpe"):
         build_units("word", TEXTS)
     with pytest.raises(ValueError, match="'bpe' need a vocab_size"):
         build_units("bpe", TEXTS)
     with pytest.raises(ValueError, match="vocab_size=5000 does not suit these 7 texts.*too high"):
-        build_units("sentencepiece", TEXTS, vocab_size=5000)
+        build_units("unigram", TEXTS, vocab_size=5000)
     with pytest.raises(ValueError, match=r"units\.json: no such file"):
         load_units(tmp_path)
     build_units("char", TEXTS).save(tmp_path)

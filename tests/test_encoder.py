@@ -377,6 +377,7 @@ def test_without_an_encoder_the_only_state_is_log_mels():
     expected, frames = KaldiLogMel(80, 4)(wavs, torch.tensor([SAMPLES, 9_000]))
     assert torch.equal(states[0], expected) and torch.equal(lengths, frames)
     assert (encoder.layers, encoder.top, encoder.horizon, encoder.hidden_size) == ([0], 0, 0, 320)
+    assert encoder.device == torch.device("cpu"), "which has no parameter to be asked"
     with pytest.raises(ValueError, match="no layer 1"):
         SSLEncoder("logmel", layers=1)
 

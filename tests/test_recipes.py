@@ -1,6 +1,6 @@
 """Preparation of every data set in its published layout, and a short run of every recipe."""
 
-import importlib.util
+import importlib
 import json
 import re
 import sys
@@ -30,12 +30,7 @@ class Recipe:
         path = RECIPES / self.folder / f"{name}.py"
         if str(path.parent) not in sys.path:
             sys.path.insert(0, str(path.parent))
-        if name != "train":
-            return importlib.import_module(name)
-        spec = importlib.util.spec_from_file_location(f"train_{self.module}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return corpora.load_train(path.parent) if name == "train" else importlib.import_module(name)
 
     def prepare(self, data, save, **options):
         made = getattr(self.load(self.module), self.function)(

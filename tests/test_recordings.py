@@ -11,11 +11,11 @@ import torch
 import torchaudio
 
 from hff_modules.data.audio import AudioError, read_audio
+from hff_modules.data.batches import by_length, padded
 from hff_modules.recordings import (
     Failure,
     Recording,
     Resampler,
-    batches_by_length,
     find_recordings,
     read_pieces,
     windows,
@@ -155,7 +155,10 @@ def test_a_recording_that_breaks_off_or_holds_no_numbers_is_noticed(tmp_path):
 
 
 def test_batches_are_of_like_length_and_within_the_limit():
-    seconds = [1, 9, 2, 30, 1.5, 8, 2.5]
-    recordings = [Recording(f"{s}", Path("x"), Path("x"), s) for s in seconds]
-    batches = [[one.seconds for one in batch] for batch in batches_by_length(recordings, 10)]
-    assert batches == [[1, 1.5, 2, 2.5], [8], [9], [30]]
+    batches = list(by_length([1, 9, 2, 30, 1.5, 8, 2.5], float, 10))
+    assert batches == [[1, 1.5, 2, 2.5], [8], [9], [30]] and not list(by_length([], float, 10))
+
+
+def test_a_padded_batch_has_silence_behind_short_signals():
+    wavs, wav_lens = padded([torch.ones(2), torch.ones(4)], minimum_samples=3)
+    assert wavs.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]] and wav_lens.tolist() == [0.75, 1]

@@ -1,6 +1,5 @@
 """Starting from another run, training on several languages first, and what is refused."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -25,10 +24,7 @@ SENTENCES = {"fr": "abc dé", "it": "abc", "mt": "bċx a"}
 
 @pytest.fixture(scope="module")
 def main():
-    spec = importlib.util.spec_from_file_location("train_commonvoice_twice", RECIPE / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return corpora.load_train(RECIPE).main
 
 
 @pytest.fixture(scope="module")

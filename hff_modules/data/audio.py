@@ -167,10 +167,10 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000) -> torch.Tenso
     return signal
 
 
-def is_supported(rate: int, target: int = 16000) -> bool:
+def is_supported(rate: int) -> bool:
     """Whether audio of this sample rate is resampled: the filter for 44,101 Hz fills the memory."""
-    shared = math.gcd(rate, target)
-    return 4000 <= rate <= 384_000 and rate <= 1000 * shared and target <= 4000 * shared
+    shared = math.gcd(rate, 16000)
+    return 4000 <= rate <= 384_000 and rate <= 1000 * shared and 16000 <= 4000 * shared
 
 
 def _check_rate(path: str | os.PathLike, rate: int) -> None:

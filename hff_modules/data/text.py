@@ -286,7 +286,7 @@ def build_units(kind: str, texts: Iterable[str], vocab_size: int | None = None) 
     Arguments
     ---------
     kind : str
-        "char", "unigram" (also called "sentencepiece") or "bpe".
+        "char", "unigram" or "bpe".
     texts : iterable of str
         Training transcripts.
     vocab_size : int, optional
@@ -298,12 +298,11 @@ def build_units(kind: str, texts: Iterable[str], vocab_size: int | None = None) 
     """
     if kind == "char":
         return CharUnits.from_texts(texts)
-    if kind not in ("sentencepiece", "unigram", "bpe"):
-        raise ValueError(f"units are {kind!r}; expected char, sentencepiece, unigram or bpe")
+    if kind not in ("unigram", "bpe"):
+        raise ValueError(f"units are {kind!r}; expected char, unigram or bpe")
     if vocab_size is None:
         raise ValueError(f"units of kind {kind!r} need a vocab_size")
-    model_type = "unigram" if kind == "sentencepiece" else kind
-    return SentencePieceUnits.from_texts(texts, vocab_size, model_type)
+    return SentencePieceUnits.from_texts(texts, vocab_size, kind)
 
 
 def load_units(folder: str | os.PathLike) -> Units:
