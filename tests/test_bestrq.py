@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -589,18 +588,9 @@ def test_growing_to_a_depth_that_is_no_multiple_is_refused():
 
 
 def test_two_processes_train_one_encoder(speech, trained, tmp_path):
-    arguments = _arguments(speech, tmp_path, max_steps=3, distributed_backend="gloo")
+    arguments = _arguments(speech, tmp_path, max_steps=3)
     arguments += ["--prepared_folder", str(trained / "prepared")]
-    paths = os.pathsep.join([str(RECIPE.parent.parent), os.environ.get("PYTHONPATH", "")])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = subprocess.run(
-        [*launch, str(RECIPE / "train.py"), *arguments],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    corpora.in_two_processes(RECIPE / "train.py", arguments)
     assert _history(tmp_path)[-1]["steps"] == 3
 
 

@@ -200,6 +200,15 @@ def test_the_recipe_runs_from_its_data_to_its_results(
     assert results["test"].keys() == {"ml"} and {"cer", "wer"} <= results["test"]["ml"].keys()
 
 
+def test_two_processes_train_one_recogniser_on_stored_states_first(data, encoder_folder, tmp_path):
+    argv = corpora.arguments(tmp_path / "run", encoder_folder, "fusion_tpa", "--language", "fr")
+    argv += ["--data_folder", str(data), "--frozen_epochs", "1", "--number_of_epochs", "2"]
+    corpora.in_two_processes(RECIPE / "train.py", [*argv, "--cache", str(tmp_path / "cache")])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [epoch["epoch"] for epoch in results["history"]] == [1, 2]
+    assert numpy.isfinite(results["test"]["fr"]["loss"])
+
+
 def test_test_characters_unknown_in_training_are_counted(
     main, data, tmp_path, encoder_folder, monkeypatch
 ):
