@@ -20,13 +20,13 @@ from training_step import (
     UNITS,
     Fused,
     OfHuggingFace,
-    _with_weights,
     chosen_rows,
     in_own_process,
     inputs_for,
     median_seconds,
     parser_for,
     prepare,
+    with_weights,
     write_shape,
 )
 
@@ -39,7 +39,7 @@ BASELINE = "whole encoder (Hugging Face)"
 
 def whole(folder: Path, wavs: torch.Tensor):
     """Hugging Face's encoder and a linear head on its last state."""
-    model = transformers.AutoModel.from_pretrained(_with_weights(folder))
+    model = transformers.AutoModel.from_pretrained(with_weights(folder))
     head = nn.Linear(model.config.hidden_size, UNITS)
     return nn.Sequential(OfHuggingFace(model, frozen=True), head), inputs_for(folder, wavs)
 

@@ -123,7 +123,7 @@ def trunk_alone(layers) -> Callable:
     """The truncated encoder's forward pass by Hugging Face itself, nothing trained."""
 
     def build(folder: Path, wavs: torch.Tensor):
-        model = transformers.AutoModel.from_pretrained(_with_weights(folder)).eval()
+        model = transformers.AutoModel.from_pretrained(with_weights(folder)).eval()
         model.requires_grad_(False)
         model.encoder.layers = model.encoder.layers[: max(layers)]
         return OfHuggingFace(model, frozen=True), inputs_for(folder, wavs)
@@ -159,7 +159,7 @@ def speechbrain_weighted_sum(folder: Path, wavs: torch.Tensor):
     """SpeechBrain's ``WeightedSSLModel``, frozen."""
     from speechbrain.integrations.huggingface.weighted_ssl import WeightedSSLModel
 
-    encoder = WeightedSSLModel(str(_with_weights(folder)), str(folder), freeze=True)
+    encoder = WeightedSSLModel(str(with_weights(folder)), str(folder), freeze=True)
     return Step(encoder, nn.Identity(), encoder.config.hidden_size), inputs_for(folder, wavs)
 
 
@@ -167,7 +167,7 @@ def peft_lora(folder: Path, wavs: torch.Tensor):
     """PEFT's LoRA on queries and values, rank 8."""
     from peft import LoraConfig, get_peft_model
 
-    model = transformers.AutoModel.from_pretrained(_with_weights(folder))
+    model = transformers.AutoModel.from_pretrained(with_weights(folder))
     targets = ["q_proj", "v_proj", "linear_q", "linear_v"]
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=targets))
     step = Step(OfHuggingFace(model), nn.Identity(), model.config.hidden_size)
@@ -176,7 +176,7 @@ def peft_lora(folder: Path, wavs: torch.Tensor):
 
 def s3prl_weighted_sum(folder: Path, wavs: torch.Tensor):
     """A frozen encoder under no_grad, all states, weighted sum: s3prl's way."""
-    model = transformers.AutoModel.from_pretrained(_with_weights(folder)).eval()
+    model = transformers.AutoModel.from_pretrained(with_weights(folder)).eval()
     size = model.config.hidden_size
     fusion = WeightedSum(model.config.num_hidden_layers + 1, size)
     step = Step(OfHuggingFace(model, every_state=True, frozen=True), fusion, size)
@@ -195,7 +195,7 @@ def _speechbrain_wrapper(folder: Path):
     from speechbrain.integrations.huggingface.w2v_bert import W2VBert
     from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 
-    names = str(_with_weights(folder)), str(folder)
+    names = str(with_weights(folder)), str(folder)
     if transformers.AutoConfig.from_pretrained(folder).model_type == "wav2vec2-bert":
         return W2VBert(*names, freeze=False)  # there is no CNN to freeze
     return Wav2Vec2(*names, freeze=False, freeze_feature_extractor=True)
@@ -210,7 +210,7 @@ def _speechbrain_adapted(folder, wavs, kind, layers, settings):
     return Step(adapted, nn.Identity(), size), (wavs,)
 
 
-def _with_weights(folder: Path) -> Path:
+def with_weights(folder: Path) -> Path:
     """The peers load weights from disk: make them, random ones."""
     if not (folder / "model.safetensors").exists():
         config = transformers.AutoConfig.from_pretrained(folder)

@@ -49,6 +49,8 @@ from hff_modules.export_format import (
     TOKENIZER,
     ExportError,
     describe_encoder,
+    described_adapters,
+    named_tensors,
     read_json,
 )
 from hff_modules.export_texts import COUNTS, card, hyperparams
@@ -238,14 +240,7 @@ class TrainedRun:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Give everything that was trained and is of use, by its name in an exported model."""
-        found = {}
-        for name, adapter in self.encoder.adapters.items():
-            own = adapter.tensors()
-            found.update({f"adapters.{name}.{key}": tensor for key, tensor in own.items()})
-        for part in ("fusion", "head"):
-            own = getattr(self, part).state_dict()
-            found.update({f"{part}.{key}": tensor for key, tensor in own.items()})
-        return found
+        return named_tensors(self.encoder.adapters, fusion=self.fusion, head=self.head)
 
     def manifest(self) -> dict[str, Any]:
         """Give what ``hff.json`` holds."""
@@ -266,10 +261,7 @@ class TrainedRun:
             "layers": encoder.layers,
             "horizon": encoder.horizon,
             "stored_as": config["cache_dtype"] if cached else None,
-            "adapters": [
-                {"name": name, "method": a.method, "layers": a.layers, "options": a.options}
-                for name, a in encoder.adapters.items()
-            ],
+            "adapters": described_adapters(encoder.adapters),
             "fusion": self.fusion_described,
             "head": self.head_described,
             "dataset": config["dataset"],

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import nn
 
 from hff_modules.ngram import LM_FILE
 
@@ -39,6 +41,34 @@ TASKS = ("asr", "classification", "speaker")
 
 class ExportError(ValueError):
     """An exported model that cannot be written, or used as asked; says what differs."""
+
+
+def named_tensors(attached: Mapping[str, Any], **parts: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors of adapters and other parts, by their names in ``trained.safetensors``.
+
+    Arguments
+    ---------
+    attached : Mapping[str, Adapter]
+        By the names that the manifest has.
+    **parts : torch.nn.Module
+        ``fusion`` and ``head``.
+    """
+    found = {
+        f"adapters.{name}.{key}": tensor
+        for name, adapter in attached.items()
+        for key, tensor in adapter.tensors().items()
+    }
+    for part, module in parts.items():
+        found.update({f"{part}.{key}": tensor for key, tensor in module.state_dict().items()})
+    return found
+
+
+def described_adapters(attached: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the manifest says of adapters: enough to attach them again."""
+    return [
+        {"name": name, "method": a.method, "layers": a.layers, "options": a.options}
+        for name, a in attached.items()
+    ]
 
 
 def find_folder(source: str | Path, revision: str | None = None, **options) -> Path:

@@ -27,6 +27,7 @@ from hff_modules.export_format import (
     ExportError,
     describe_encoder,
     find_folder,
+    named_tensors,
     read_json,
     read_manifest,
 )
@@ -196,14 +197,8 @@ class Exported(nn.Module):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Give the live tensors of adapters, fusion and head, by their names in the file."""
-        found = {}
-        for name in self.adapters:
-            own = self.encoder.adapters[name].tensors()
-            found.update({f"adapters.{self._saved_as[name]}.{key}": t for key, t in own.items()})
-        for part in ("fusion", "head"):
-            own = getattr(self, part).state_dict()
-            found.update({f"{part}.{key}": tensor for key, tensor in own.items()})
-        return found
+        attached = {self._saved_as[name]: self.encoder.adapters[name] for name in self.adapters}
+        return named_tensors(attached, fusion=self.fusion, head=self.head)
 
     def _load(self) -> None:
         path = self.folder / TENSORS

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("training_step", "inference", "filling"):
+    for name in ("training_step", "inference", "filling", "multitask"):
         sys.modules.pop(name, None)
 
 
@@ -88,17 +88,14 @@ def test_what_was_measured_is_drawn_again_from_its_file(benchmark, tmp_path):
     assert (tmp_path / "measured.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_table_in_the_readme_is_that_of_its_file(benchmark):
-    steps = benchmark("training_step")
-    folder = Path(steps.__file__).parent
-    text = (folder / "README.md").read_text()
+def test_the_tables_in_the_readme_are_those_of_their_files(benchmark):
+    text = (FOLDER / "README.md").read_text()
     names = re.findall(r"<!-- benchmark: (\S+) -->", text)
     assert names
     for name in names:
-        rows = json.loads((folder / name).read_text())["rows"]
-        assert f"<!-- benchmark: {name} -->\n\n{steps.table(rows)}\n\n<!-- end" in text, (
-            f"run: python benchmarks/training_step.py --draw benchmarks/{name}"
-        )
+        rows = json.loads((FOLDER / name).read_text())["rows"]
+        script = benchmark("multitask" if name.startswith("multitask") else "training_step")
+        assert f"<!-- benchmark: {name} -->\n\n{script.table(rows)}\n\n<!-- end" in text, name
 
 
 @pytest.mark.parametrize("shape", ["wav2vec2-base", "wav2vec2-large", "w2v-bert-2"])
@@ -125,6 +122,14 @@ def test_inference_is_compared_at_the_same_batch_size(benchmark):
     table = inference.table(rows)
     assert "| whole encoder | 1 | 0.1000 | × 2.00 | 20 | 0.250 | 300 |" in table
     assert "| whole encoder | 16 | 0.1000 | × 20.00 | 20 | 0.250 | 300 |" in table
+
+
+def test_more_tasks_are_compared_with_one(benchmark):
+    multitask = benchmark("multitask")
+    row = {"call_seconds": 1.0, "memory_mb": 190.0, "model_mb": 365.0}
+    rows = {multitask.BASELINE: row, "four": {**row, "call_seconds": 4.5}, "x": {"error": "why"}}
+    table = multitask.table(rows)
+    assert "| four | 4500 | 4.50 | 190 | 365 |" in table and "| x | failed: why |" in table
 
 
 def test_filling_is_compared_with_one_pass(benchmark):

@@ -6,7 +6,7 @@ import torch
 from hff_modules import HierarchicalFusion, SSLEncoder, adapters
 from hff_modules.checkpoint import write_tensors
 from hff_modules.data import CharUnits
-from hff_modules.export_format import ExportError
+from hff_modules.export_format import ExportError, described_adapters, named_tensors
 from hff_modules.exported import load_exported
 from hff_modules.heads import LinearHead, PooledClassifier, SpeakerHead
 from hff_modules.multitask import MultiTask
@@ -37,14 +37,11 @@ def write_model(
                                         "hidden_size": 8}),
         "head": (HEADS[task][0], {"input_size": 24, **HEADS[task][1]}),
     }  # fmt: skip
-    tensors = {
-        f"adapters.{name}.{key}": tensor
-        for name, adapter in encoder.adapters.items()
-        for key, tensor in adapter.tensors().items()
-    }
-    for part, (kind, arguments) in parts.items():
-        for key, tensor in kind(**arguments).state_dict().items():
-            tensors[f"{part}.{key}"] = tensor + 0.1 * torch.randn_like(tensor)
+    modules = {part: kind(**arguments) for part, (kind, arguments) in parts.items()}
+    for module in modules.values():
+        for tensor in module.state_dict().values():
+            tensor += 0.1 * torch.randn_like(tensor)
+    tensors = named_tensors(encoder.adapters, **modules)
     manifest = {
         "format": 1,
         "task": task,
@@ -52,10 +49,7 @@ def write_model(
         "layers": list(layers),
         "horizon": encoder.horizon,
         "stored_as": stored_as if encoder.stored_layers else None,  # as an export has it
-        "adapters": [
-            {"name": name, "method": a.method, "layers": a.layers, "options": a.options}
-            for name, a in encoder.adapters.items()
-        ],
+        "adapters": described_adapters(encoder.adapters),
         **{part: {"class": k.__name__, "arguments": a} for part, (k, a) in parts.items()},
     }
     folder.mkdir(parents=True)
