@@ -23,7 +23,8 @@ class UniPET(Adapter):
     """``FFN(x) + g_a A(x)`` and ``g_p P`` in front of each layer's input; gates ½ at first.
 
     Trained: ``f (2 D r + D + r) + n D + 2`` per layer with ``f`` feed-forwards. Not the identity at
-    birth, because of the prompts.
+    birth, because of the prompts. In pre-norm layers the gate ``g_p`` hardly moves: the LayerNorm
+    takes the prompts' scale away, and their frames are not handed on.
 
     Arguments
     ---------

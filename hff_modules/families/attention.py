@@ -45,7 +45,7 @@ def _hooked_attention(
 ) -> tuple[torch.Tensor, None]:
     """Hugging Face's "sdpa" attention behind the hooks on the module's keys and values."""
     if getattr(module, "gives_relative_keys", False):
-        position_bias = _relative_key_bias(module, query, key)
+        position_bias = relative_key_bias(module, query, key)
     for hook in getattr(module, _HOOKS, ()):
         key, value, attention_mask, position_bias = hook.change(
             key, value, attention_mask, position_bias
@@ -65,8 +65,20 @@ def give_relative_keys(attention: nn.Module) -> None:
     attention.position_embeddings_type = None
 
 
-def _relative_key_bias(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, queries, keys) from queries and keys (batch, heads, frames, width)."""
+def relative_key_bias(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Position scores of w2v-BERT's "relative_key" attention, at the cost of one small product.
+
+    Arguments
+    ---------
+    module : Wav2Vec2BertSelfAttention
+    query, key : torch.Tensor
+        (batch, heads, frames, head width)
+
+    Returns
+    -------
+    torch.Tensor
+        (batch, heads, queries, keys)
+    """
     left, right = module.left_max_position_embeddings, module.right_max_position_embeddings
     queries = torch.arange(query.shape[2], device=query.device)
     keys = torch.arange(key.shape[2], device=query.device)

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertModel
 from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert
 
+from hff_modules.families.attention import relative_key_bias
 from hff_modules.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -108,27 +109,8 @@ class Pretrainer(nn.Module):
 
 
 def relative_key_scores(module, query, key):
-    """Transformers' position scores of "relative_key" attention, at the cost of one small product.
-
-    The original multiplies queries with an embedding for every pair of frames, (frames, frames,
-    head_size); here with every distance once, and the pairs are looked up in the result.
-
-    Arguments
-    ---------
-    module : Wav2Vec2BertSelfAttention
-    query, key : torch.Tensor
-        (batch, heads, frames, head_size)
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        The query and (batch, heads, frames, frames), as the original.
-    """
-    left, right = module.left_max_position_embeddings, module.right_max_position_embeddings
-    frames = torch.arange(query.shape[2], device=query.device)
-    distance = (frames[None, : key.shape[2]] - frames[:, None]).clamp(-left, right) + left
-    by_distance = query @ module.distance_embedding.weight.T.to(query.dtype) * module.scaling
-    return query, by_distance.gather(-1, distance.expand(*query.shape[:3], -1))
+    """The query and its position scores, as Transformers' own function gives them; less work."""
+    return query, relative_key_bias(module, query, key)
 
 
 def start_as_identity(encoder):
