@@ -25,7 +25,7 @@ import torch
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
-from hff_modules.cache import DTYPES, StateCache
+from hff_modules.cache import StateCache, bytes_per_frame
 from hff_modules.config import rebuilt
 from hff_modules.encoder import SSLEncoder
 from hff_modules.files import write_atomically
@@ -271,11 +271,17 @@ class Analysis:
     def costs(self, limits: Limits, dtype: str) -> dict[str, float]:
         """GB of a stored layer; with a limit in time also seconds below and in each layer."""
         frames = self.seconds["all of train and dev"] * self.encoder.frame_rate
-        size = DTYPES[dtype].itemsize * self.encoder.hidden_size + 4 * (dtype == "int8")
+        size = bytes_per_frame(self.encoder.hidden_size, dtype)
         costs = {"gigabytes_per_layer": frames * size / 1e9}
         if limits.seconds is not None:
             every = self._seconds(self.encoder)
-            bottom = SSLEncoder(self.encoder.source, layers=[0], precision=self.encoder.precision)
+            bottom = SSLEncoder(
+                self.encoder.source,
+                layers=[0],
+                precision=self.encoder.precision,
+                pretrained=not self.encoder.untrained,
+                revision=self.encoder.revision,
+            )
             below = min(self._seconds(bottom.to(self.encoder.device)), every)
             costs["seconds_below"] = below
             costs["seconds_per_layer"] = (every - below) / max(self.encoder.num_layers, 1)

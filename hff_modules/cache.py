@@ -272,8 +272,8 @@ class StateCache:
     def gigabytes(self, seconds: Iterable[float]) -> float:
         """Foretell the size of utterances of these durations."""
         frames = sum(seconds) * self.encoder.frame_rate
-        width = DTYPES[self.dtype].itemsize * self.encoder.hidden_size
-        return frames * len(self.layers) * (width + 4 * (self.dtype == "int8")) / 1e9
+        size = bytes_per_frame(self.encoder.hidden_size, self.dtype)
+        return frames * len(self.layers) * size / 1e9
 
     def _check_space(self, gigabytes: float, hours: float) -> None:
         free = shutil.disk_usage(self.folder).free / 1e9
@@ -316,6 +316,11 @@ def _pack(states: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
     if dtype == "fp16":  # an overflow would come back as infinity and poison the run
         states = states.clamp(-65504, 65504)
     return {"states": states.to(DTYPES[dtype]).contiguous()}
+
+
+def bytes_per_frame(width: int, dtype: str) -> int:
+    """Bytes that a frame of one state takes; int8 has a factor beside it."""
+    return DTYPES[dtype].itemsize * width + 4 * (dtype == "int8")
 
 
 def as_stored(states: torch.Tensor, dtype: str) -> torch.Tensor:

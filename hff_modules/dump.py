@@ -217,6 +217,9 @@ class Archive:
         if kind is None:
             if not self.path.exists() or any(self.folder.path.rglob("*.npy")):
                 self._pack()
+            for path in self.folder.path.iterdir():
+                if path.name != ABOUT:  # last: it says whose folder it is
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             shutil.rmtree(self.folder.path)
 
     def _pack(self) -> None:

@@ -175,20 +175,25 @@ class SSLEncoder(nn.Module):
         """
         super().train(mode)
         self._states_below = _states_below(self._family)
-        self._mode_horizon = self.horizon
+        self._mode = horizon, *_ = self._learning()
         for adapter in self.adapters.values():  # a frozen one has no dropout either
             adapter.train(mode and any(p.requires_grad for p in adapter.parameters()))
         if mode:
             outside = self.outside_parameters().values()
-            self.model.train(self._mode_horizon < 0 and any(p.requires_grad for p in outside))
+            self.model.train(horizon < 0 and any(p.requires_grad for p in outside))
             for number, layer in enumerate(self._family.layers):
                 of_its_own = any(p.requires_grad for p in layer.parameters())
-                layer.train(number >= self._mode_horizon and of_its_own)
+                layer.train(number >= horizon and of_its_own)
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 if not any(p.requires_grad for p in module.parameters()):
                     module.eval()
         return self
+
+    def _learning(self) -> tuple[int, list[bool], list[bool]]:
+        """The horizon, and what of the model and of the adapters is trained."""
+        own = [p.requires_grad for p, _ in self._states_below]
+        return self.horizon, own, [p.requires_grad for p in self.adapters.parameters()]
 
     def count_frames(self, num_samples: torch.Tensor) -> torch.Tensor:
         """Frames that utterances of ``num_samples`` samples give; (batch,) whole numbers."""
@@ -230,7 +235,7 @@ class SSLEncoder(nn.Module):
         horizon = self.horizon
         if wavs.dim() == 4 and adapters is not None:
             self._refuse_rows_below(horizon)
-        if self.training and horizon != self._mode_horizon:
+        if self.training and self._learning() != self._mode:  # frozen or trained since then
             self.train()
         if wavs.dim() == 4 and horizon == self.top:
             return self._all_restored(wavs, wav_lens)
@@ -430,10 +435,14 @@ class SSLEncoder(nn.Module):
 
     def frozen_manifest(self) -> dict:
         """Everything that decides about ``stored_layers`` besides the audio; JSON-able."""
-        frozen = {
-            name: [adapter.method, adapter.options, hash_tensors(adapter.tensors())]
+        below = [
+            (name, adapter)
             for name, adapter in self.adapters.items()
             if adapter.enabled and adapter.lowest_changed() <= self.horizon
+        ]
+        frozen = {  # numbered: one may read what the other gives
+            name: [number, adapter.method, adapter.options, hash_tensors(adapter.tensors())]
+            for number, (name, adapter) in enumerate(below)
         }
         return {
             "weights": {str(k): self.fingerprint_up_to(k) for k in self.stored_layers},
@@ -445,7 +454,9 @@ class SSLEncoder(nn.Module):
         """Layer ``number``: its output, and what the layer above is called with."""
         hidden, call = self._put_in_front(number, hidden, call, stay=True)
         longer, longer_call = self._put_in_front(number, hidden, call, stay=False)
-        out = self._family.run_layer(number, longer, longer_call)
+        order = longer_call.order
+        out = self._family.run_layer(number, _ordered(longer, order), longer_call)
+        out = _ordered(out, None if order is None else order.argsort(dim=1))
         hidden = out[:, longer_call.front - call.front :]
         if number in wanted:
             norm = self._family.final_norm if number == self.num_layers else None
@@ -469,6 +480,10 @@ class SSLEncoder(nn.Module):
         dtype = _PRECISIONS[self.precision]
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
             yield
+
+
+def _ordered(hidden: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    return hidden if order is None else hidden.gather(1, order.unsqueeze(2).expand_as(hidden))
 
 
 def _statistics(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -183,6 +183,38 @@ def test_prompts_and_a_p_adapter_take_no_part_in_each_others_frames(encoder_fold
     assert not torch.equal(both[3], one[3])
 
 
+@every_family
+def test_frames_in_front_do_not_depend_on_those_of_other_utterances(family, make_encoder_folder):
+    encoder = SSLEncoder(make_encoder_folder(family), layers="all").eval()
+    with torch.no_grad():  # so that positions and neighbours count
+        for weight in encoder.model.parameters():
+            weight.mul_(3 if weight.dim() == 2 else 1)
+    for name, method, length in (("a", "prompts", 3), ("b", "unipet", 5), ("p", "p_adapter", 2)):
+        adapters.attach(encoder, method, name=name, length=length)
+    choices = ["a", None, ["p"], ["a", "p"], "b"]
+    wavs, wav_lens = speech(9_000, SAMPLES, 8_000, 10_000, 7_000)
+    lengths = (wav_lens * wavs.shape[1]).round().long()
+    with torch.no_grad():
+        mixed, frames = encoder(wavs, wav_lens, adapters=choices)
+        for row, choice in enumerate(choices):
+            alone, _ = encoder(wavs[row : row + 1, : lengths[row]], adapters=[choice])
+            torch.testing.assert_close(
+                mixed[:, row, : frames[row]], alone[:, 0], rtol=1e-3, atol=1e-3
+            )
+
+
+@pytest.mark.parametrize("family", ["wav2vec2-conformer-rotary", "wav2vec2-conformer-rel"])
+def test_positions_made_in_inference_mode_can_be_trained_with(family, make_encoder_folder):
+    encoder = SSLEncoder(make_encoder_folder(family), layers="all")
+    positions = encoder._family.stack.embed_positions
+    if family.endswith("rel"):  # as before an utterance that is longer than all so far
+        positions.pe = positions.pe[:, :1]
+    adapters.attach(encoder, "full")
+    with torch.inference_mode():
+        encoder.eval()(torch.randn(1, 16000))
+    encoder.train()(torch.randn(1, 16000))[0].sum().backward()
+
+
 def test_a_frozen_p_adapter_still_keeps_the_horizon_at_what_enters_layer_one(encoder_folder):
     # Its frames are in no stored state, so a run from a higher one would lose them.
     encoder = SSLEncoder(encoder_folder, layers="all")

@@ -497,6 +497,20 @@ def test_what_is_tuned_can_be_frozen_and_stays_so(encoders):
     assert encoder.horizon == 0
 
 
+def test_what_is_frozen_in_training_keeps_still_from_the_next_step_on(encoders):
+    encoder, batch = encoders("wav2vec2-conformer-rel"), speech(SAMPLES, 9_000)
+    adapters.attach(encoder, "tpa", bottleneck=4)
+    adapters.attach(encoder, "lora", dropout=0.5)
+    top = adapters.attach(encoder, "top_k", layers="last:2")
+    encoder.train()(*batch)
+    norm = encoder._family.layers[3].conv_module.batch_norm
+    before = norm.running_mean.clone()
+    for adapter in (top, adapters.get(encoder, "lora")):  # the horizon stays where it is
+        adapter.requires_grad_(False)
+    assert torch.equal(encoder(*batch)[0], encoder(*batch)[0])
+    assert before.abs().sum() > 0 and torch.equal(norm.running_mean, before)
+
+
 def test_stored_states_know_of_frozen_weights_outside_the_layers(encoders):
     encoder = encoders("wav2vec2-base")
     adapters.attach(encoder, "full").requires_grad_(False)

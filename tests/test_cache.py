@@ -112,6 +112,17 @@ def test_a_frozen_adapter_below_the_horizon_has_a_place_of_its_own(encoder_folde
     assert StateCache(tmp_path, adapted).folder != StateCache(tmp_path, plain).folder
 
 
+def test_frozen_adapters_one_behind_the_other_have_a_place_for_each_order(encoder_folder, tmp_path):
+    places = set()
+    for names in ("ab", "ba"):
+        encoder = SSLEncoder(encoder_folder, layers=[4])
+        for name in names:
+            torch.manual_seed(ord(name))
+            adapters.attach(encoder, "houlsby", name, bottleneck=4).requires_grad_(False)
+        places.add(StateCache(tmp_path, encoder).folder)
+    assert len(places) == 2
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
 def test_more_layers_of_the_same_encoder_serve_for_fewer(dtype, encoder_folder, wavs, tmp_path):
     whole = StateCache(tmp_path / "cache", SSLEncoder(encoder_folder, layers="all"), dtype)

@@ -115,6 +115,26 @@ def test_a_stopped_run_goes_on_and_computes_nothing_twice(
     assert len(read(tmp_path / target)) == 12
 
 
+def test_a_kill_while_the_parts_of_an_archive_are_deleted_does_no_harm(
+    encoder_folder,
+    tones,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    def killed(folder):
+        (folder / "features.json").unlink()
+        assert not any(folder.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dump.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        dump.dump(encoder_folder, str(tones), tmp_path / "out.h5", layers="2")
+    monkeypatch.undo()
+    dump.dump(encoder_folder, str(tones), tmp_path / "out.h5", layers="2")
+    assert len(read_archive(tmp_path / "out.h5")) == 12
+    assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]
+
+
 def test_what_is_no_archive_of_these_features_is_left_alone(encoder_folder, tones, tmp_path):  # noqa: F811
     def refused(name, why):
         before = (tmp_path / name).read_bytes()

@@ -13,8 +13,9 @@ class Tuning(Adapter):
     """Train parameters that the encoder has already; nothing is added.
 
     The values they had are kept, so that disabling or removing gives the plain encoder back; so are
-    the statistics of batch norms that are trained. "bias" and "norm" leave batch norms alone, as
-    their statistics would then follow the training data. In 12 layers of 768 and 3072 "bias" trains
+    the statistics of batch norms that are trained, which count padding, as Hugging Face's do.
+    "bias" and "norm" leave batch norms alone, as their statistics would then follow the training
+    data. In 12 layers of 768 and 3072 "bias" trains
     101,376 numbers (norms' biases included) and "norm" 36,864.
 
     Arguments

@@ -39,6 +39,7 @@ class LayerCall:
     kwargs: dict = field(default_factory=dict)
     valid: torch.Tensor | None = None  # (batch, frames), True where valid; None if all are
     front: int = 0  # learned frames in front of the speech
+    order: torch.Tensor | None = None  # (batch, frames) in which the layer reads them; None: as is
     longer: dict = field(
         default_factory=dict
     )  # calls with more frames in front, made from this one
@@ -258,17 +259,39 @@ class Family:
         hidden : torch.Tensor
             (batch, more + frames, width).
         in_front : torch.Tensor
-            (batch, more), True where an utterance has such a frame.
+            (batch, more), True where an utterance has such a frame. Its positions count from the
+            first frame that it has.
         call : LayerCall
             For the frames alone.
+
+        Returns
+        -------
+        LayerCall
+            With an ``order`` where an utterance lacks frames between some that it has: the speech
+            and all of these are to stand together, as they do when it is alone.
         """
-        valid = None
+        valid = order = None
         if call.valid is not None or not bool(in_front.all()):
             speech = in_front.new_ones(len(hidden), hidden.shape[1] - in_front.shape[1])
             valid = torch.cat([in_front, speech if call.valid is None else call.valid], dim=1)
+            places = torch.arange(hidden.shape[1], device=hidden.device)
+            is_empty = ~valid & (places < hidden.shape[1] - speech.shape[1] + call.front)
+            closed_up = is_empty.long().argsort(dim=1, descending=True, stable=True)
+            if not torch.equal(closed_up, places.expand_as(closed_up)):
+                order, valid = closed_up, valid.gather(1, closed_up)
         longer = self.call_with(hidden, valid)
+        longer.order = order
         longer.front = call.front + in_front.shape[1]
+        if valid is not None and self.is_rotary:  # the only ones that are absolute
+            table = longer.kwargs["relative_position_embeddings"]  # (2, frames, 1, 1, width)
+            places = (valid.cumsum(1) - 1).clamp(min=0).T
+            longer.kwargs["relative_position_embeddings"] = table[:, places, 0]
         return longer
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether its layers turn what they read by an angle for each position."""
+        return getattr(self.model.config, "position_embeddings_type", None) == "rotary"
 
     def parts(self, number: int) -> LayerParts:
         """What adapters attach to in layer ``number`` (from 1)."""
@@ -319,13 +342,20 @@ class Family:
         """
         module.register_forward_pre_hook(functools.partial(_zero_padding, self.padding))
 
-    def _keep_positions_precise(self) -> None:
-        """Keep a Conformer's tables in fp32: Hugging Face leaves them as the last call had them."""
+    def _make_positions_anew(self) -> None:
+        """Spare a Conformer Hugging Face's habit of keeping tables of positions as they last were.
+
+        These may be of another precision or device, or made in inference mode.
+        """
         if self.stack.embed_positions is not None:
-            self.stack.embed_positions.register_forward_pre_hook(_in_fp32)
+            self.stack.embed_positions.register_forward_pre_hook(_forget_positions)
 
 
-def _in_fp32(module: nn.Module, args: tuple) -> tuple:
+def _forget_positions(module: nn.Module, args: tuple) -> tuple:
+    if hasattr(module, "cached_sequence_length"):
+        module.cached_sequence_length = None
+    elif module.pe.is_inference() and not torch.is_inference_mode_enabled():
+        module.pe = module.pe.clone()
     return (args[0].float(),)
 
 

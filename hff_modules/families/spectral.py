@@ -32,7 +32,7 @@ class W2vBertFamily(Family):
             )
         self.log_mel = KaldiLogMel(num_mels, stride)
         self.minimum_samples = 400 + 160 * (stride - 1)
-        self._keep_positions_precise()
+        self._make_positions_anew()
         if model.config.position_embeddings_type == "relative_key":
             for layer in self.layers:
                 give_relative_keys(layer.self_attn)

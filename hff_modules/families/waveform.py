@@ -179,7 +179,7 @@ class ConformerFamily(WaveformFamily):
     def __init__(self, model: nn.Module, preprocessor: dict):
         super().__init__(model, preprocessor)
         model.encoder.pos_conv_embed = nn.Identity()  # built by Hugging Face, never used
-        self._keep_positions_precise()
+        self._make_positions_anew()
         for layer in self.layers:
             self._mask_padding_at(layer.conv_module.depthwise_conv)
 
