@@ -21,6 +21,9 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     """
     try:
         main(sys.argv[1:])
+    except SystemExit as done:  # --fill_only, say
+        if done.code:
+            raise
     except (OSError, ValueError, KeyError) as error:
         if os.environ.get("HFF_TRACEBACK"):
             raise

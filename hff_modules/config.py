@@ -9,7 +9,6 @@ Top-level keys of the refining file replace those of the file that it extends; o
 before HyperPyYAML resolves ``!ref``, ``!new`` and the like, so all of them see the final values.
 """
 
-import dataclasses
 import difflib
 import hashlib
 import io
@@ -23,11 +22,20 @@ import ruamel.yaml
 import speechbrain as sb
 from hyperpyyaml import load_hyperpyyaml
 from hyperpyyaml.core import recursive_update
+from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 
 METHODS = Path(__file__).resolve().parent.parent / "hparams"  # one file per method, for all recipes
 
 # SpeechBrain's run options that decide about results: keys of ours, too, so that they are compared
 DECISIVE = ("precision", "eval_precision", "max_grad_norm", "grad_accumulation_factor")
+# Those of them that are on the command line, and those that do nothing, or harm, in these recipes
+OF_SPEECHBRAIN = {*HELP_TEXTS, "jit_module_keys", "compile_module_keys"}
+NOT_TAKEN = {
+    "auto_mix_prec": "take --precision fp16",
+    "bfloat16_mix_prec": "take --precision bf16",
+    "remove_vector_weight_decay": "optimizers are made otherwise here; see the key `optimizer`",
+    "optimizer_step_limit": "take --number_of_epochs",
+}
 STRUCTURED = tuple("[{!&*'\"|>")  # how YAML begins that is more than a word
 DEBUG = "-debug"  # behind the name of the folder of a run that only tries a few batches
 # What may change between two commands that work on one run: where things lie (the encoder's content
@@ -44,6 +52,11 @@ MAY_CHANGE = (
 def separated(argv: Sequence[str]) -> list[str]:
     """A command line on which each ``--key=value`` is two words, the method file in front.
 
+    Raises
+    ------
+    ValueError
+        Where a key's value cannot be told from the method file.
+
     Example
     -------
     >>> separated(["fusion", "--language=[fr, ml]", "--seed", "1"])
@@ -54,6 +67,10 @@ def separated(argv: Sequence[str]) -> list[str]:
     for word in [*argv[len(ahead) :], *ahead]:
         key, equals, value = word.partition("=")
         line += [key, value] if equals and key.startswith("--") else [word]
+    if line and line[0].startswith("--") and not ahead and line[0] != "--help":
+        raise ValueError(
+            f"expected the method file first, such as hparams/fusion.yaml {' '.join(line[:2])} ..."
+        )
     return line
 
 
@@ -127,9 +144,9 @@ def load_config(
     for path in bases[1:]:
         merged.update(merge_files(path))
     merged.update(merge_files(find_method(method, beside=bases[0].resolve().parent)))
-    of_speechbrain = {field.name for field in dataclasses.fields(run_opts)}
     words = _on_command_line(argv)
-    _override(merged, {key: said for key, said in words.items() if key not in of_speechbrain})
+    _check_run_options({key: said for key, said in words.items() if key in OF_SPEECHBRAIN})
+    _override(merged, {key: said for key, said in words.items() if key not in OF_SPEECHBRAIN})
     for key in DECISIVE:
         if key in merged and key in run_opts.overridden_args:
             merged[key] = getattr(run_opts, key)
@@ -211,7 +228,10 @@ def _plain(node: Any) -> Any:
 
 def _build(merged: ruamel.yaml.CommentedMap) -> dict[str, Any]:
     text = _dump(merged)
-    return {**load_hyperpyyaml(text), "config": text}
+    try:
+        return {**load_hyperpyyaml(text), "config": text}
+    except TypeError as error:  # names the class, and what it does not know
+        raise ValueError(f"a setting does not fit: {error}") from error
 
 
 def merge_files(path: Path, seen: tuple[Path, ...] = ()) -> ruamel.yaml.CommentedMap:
@@ -300,6 +320,8 @@ def _value(key: str, words: Sequence[str], yaml: ruamel.yaml.YAML) -> Any:
     if not words:
         return True
     text = " ".join(words)
+    if not text:
+        return text
     try:
         value = yaml.load(text)
     except ruamel.yaml.YAMLError as error:
@@ -309,6 +331,31 @@ def _value(key: str, words: Sequence[str], yaml: ruamel.yaml.YAML) -> Any:
         return text
     plain = value is None or isinstance(value, bool | int | float)
     return value if plain or text.startswith(STRUCTURED) else text
+
+
+def _check_run_options(words: dict[str, list[str]]) -> None:
+    """Refuse what argparse would take for something else, and what has no effect here."""
+    defaults = RunOptions()
+    for key, said in words.items():
+        if key in NOT_TAKEN:
+            raise ValueError(f"--{key} is not taken; {NOT_TAKEN[key]}")
+        if getattr(defaults, key) is False and said:
+            raise ValueError(f"--{key} is a switch, without a value; got {' '.join(said)!r}")
+        if len(said) > 1 and not key.endswith("module_keys"):
+            raise ValueError(f"--{key}: expected one value, got {' '.join(said)!r}")
+
+
+def _check_kind(key: str, old: Any, value: Any, said: str) -> None:
+    """Refuse a value of a kind that nobody who reads the key expects."""
+    if isinstance(old, bool) != isinstance(value, bool) and not _tag(old):
+        expected = "true or false" if isinstance(old, bool) else "a value, or null"
+        raise ValueError(f"--{key}: expected {expected}, got {said}")
+    if isinstance(old, int | float) and isinstance(value, str):
+        raise ValueError(f"--{key}: expected a number, got {said}")
+    if isinstance(old, dict) and isinstance(value, dict) and old and key != "adapters":
+        unknown = [name for name in value if name not in old]
+        if unknown and not _tag(old):  # of an object, only its class knows what it takes
+            raise KeyError(f"--{key} has no {unknown[0]!r}; it has {', '.join(old)}")
 
 
 def _override(merged: ruamel.yaml.CommentedMap, changes: dict[str, list[str]]) -> None:
@@ -321,6 +368,7 @@ def _override(merged: ruamel.yaml.CommentedMap, changes: dict[str, list[str]]) -
         if not words and not isinstance(merged[key], bool):
             raise ValueError(f"--{key}: expected a value")
         value = _value(key, words, ruamel.yaml.YAML())
+        _check_kind(key, merged[key], value, " ".join(words))
         nested = isinstance(merged[key], dict) and isinstance(value, dict)
         if nested and not _tag(value):
             recursive_update(merged[key], value)

@@ -12,7 +12,7 @@ from typing import Any
 
 from speechbrain.utils.distributed import if_main_process
 
-from hff_modules.config import given, separated
+from hff_modules.config import DEBUG, given, separated
 from hff_modules.files import write_atomically
 
 Job = Callable[[list[str]], tuple[Path, dict[str, Any]]]
@@ -44,7 +44,9 @@ def with_folds(job: Job, folds: Sequence[int]) -> Callable[[list[str]], dict[str
             return job(argv)[1]
         outcomes = [job(_of_fold(argv, number)) for number in folds]
         together = gather(folds, [results for _, results in outcomes])
-        path = outcomes[0][0].parent / "folds.json"
+        first = outcomes[0][0]
+        tried = DEBUG if first.name.endswith(DEBUG) else ""  # beside folds that may be finished
+        path = first.parent / f"folds{tried}.json"
         if if_main_process():
             write_atomically(path, json.dumps(together, indent=2, ensure_ascii=False) + "\n")
             for name, scores in together["test"].items():

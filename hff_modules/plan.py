@@ -215,7 +215,7 @@ def make_plan(
     reach = keys.get("reach")
     if reach is not None and (isinstance(reach, bool) or not isinstance(reach, int | float)):
         raise PlanError(f"plan {source}: reach: expected a score in percent, got {reach!r}")
-    if "--debug" in extra:
+    if any(word.split("=")[0] == "--debug" for word in extra):
         raise PlanError("--debug leaves nothing to compare; try it with a recipe's train.py")
     folder = Path(output).resolve() if output else _output(keys, source, recipe)
     if "=" in str(folder):

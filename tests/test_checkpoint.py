@@ -86,6 +86,13 @@ def test_a_checkpoint_for_something_else_is_refused(encoder_folder, tmp_path, ot
         trained_model(encoder_folder, **other).load(tmp_path / "trained.safetensors")
 
 
+def test_a_checkpoint_of_before_a_version_that_says_more_is_taken(encoder_folder, tmp_path):
+    trained_model(encoder_folder).save(tmp_path / "trained.safetensors")
+    now = trained_model(encoder_folder)
+    now.manifest |= {"adapters": {"tpa": ["tpa", [1], {}]}, "fusion_options": {"size": 3}}
+    now.load(tmp_path / "trained.safetensors")
+
+
 def test_a_checkpoint_for_another_encoder_is_refused(make_encoder_folder, tmp_path):
     trained_model(make_encoder_folder("hubert-base")).save(tmp_path / "trained.safetensors")
     with pytest.raises(CheckpointError, match="encoder.family: hubert in .*, wavlm now") as raised:

@@ -106,6 +106,8 @@ def test_a_misspelt_language_is_refused_before_the_sources_are_trained(data, mai
     argv += ["--source_languages", "[ru]", "--sources_folder", str(tmp_path / "sources")]
     with pytest.raises(FileNotFoundError, match="language frr: no such folder"):
         main(argv)
+    with pytest.raises(ValueError, match="say with --language what is to be learned"):
+        main(["hparams/fusion.yaml", "--source_languages", "[ru]"])
     assert not (tmp_path / "sources").exists()
 
 

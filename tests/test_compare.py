@@ -446,7 +446,7 @@ def test_a_plan_that_cannot_be_read_is_refused_in_one_line(recipe, tmp_path):
     with pytest.raises(PlanError, match="--jobs: expected a number above 0, got 0"):
         carry_out(recipe, "--jobs", "0", methods=["a"])
     with pytest.raises(PlanError, match="--debug leaves nothing to compare"):
-        carry_out(recipe, "--", "--debug", methods=["a"])
+        carry_out(recipe, "--", "--debug=true", methods=["a"])
     with pytest.raises(PlanError, match="no comparison was started here"):
         carry_out(recipe, "--watch", methods=["a"])
 

@@ -27,8 +27,9 @@ def test_keys_are_found_in_both_ways_of_writing_them():
     assert given(line, "few_shot") is True and given(line, "source_languages") == ["ca", "it"]
     assert given(line, "check_only") is True and given(line, "language") is None
     assert separated(["--language=mt", "fusion"]) == ["fusion", "--language", "mt"]
-    assert without_wait(["--start_from=a=b"])[-2:] == ["--frozen_epochs", "0"]
-    assert without_wait(["--start_from=a", "--frozen_epochs=3"])[-1] == "--frozen_epochs=3"
+    line = ["fusion", "--start_from=a=b"]
+    assert without_wait(line)[-2:] == ["--frozen_epochs", "0"]
+    assert without_wait([*line, "--frozen_epochs=3"])[-1] == "--frozen_epochs=3"
 
 
 def test_command_line_wins_over_method_over_base_over_what_it_extends(files):
@@ -113,6 +114,41 @@ def test_a_key_without_a_value_is_a_switch_or_refused(files):
         load_config([line[0], "more"], folder / "base.yaml")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--test_only false", "--test_only is a switch, without a value; got 'false'"),
+        ("--debug=false", "--debug is a switch"),
+        ("--device cpu extra", "--device: expected one value, got 'cpu extra'"),
+        ("--bfloat16_mix_prec", "is not taken; take --precision bf16"),
+        ("--drop no", "--drop: expected true or false, got no"),
+        ("--cache false", "--cache: expected a value, or null, got false"),
+        ("--size abc", "--size: expected a number, got abc"),
+        ("--rates {haed: 1}", "--rates has no 'haed'; it has head"),
+        ("--thing {m: 5}", "a setting does not fit: .*m"),
+        ("--param_file x", "--param_file: there is no such key"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(files, line, message):
+    thing = "!new:hff_modules.heads.LinearHead\n    input_size: 1\n    num_units: 2\n"
+    keys = f"drop: false\ncache: a\nsize: 1\nrates: {{head: 2}}\nthing: {thing}"
+    folder = files(base=keys, method="m: 0\n")
+    key, _, said = line.partition(" ")
+    words = said.split() if key == "--device" else [said] if said else []
+    with pytest.raises((ValueError, KeyError), match=message):
+        load_config([str(folder / "method.yaml"), key, *words], folder / "base.yaml")
+
+
+def test_the_method_file_comes_first_and_an_empty_text_is_one(files):
+    with pytest.raises(
+        ValueError, match="the method file first, such as hparams/fusion.yaml --few"
+    ):
+        separated(["--few_shot", "fusion"])
+    folder = files(base="language: ''\n", method="m: 0\n")
+    line = [str(folder / "method.yaml"), "--language", ""]
+    assert load_config(line, folder / "base.yaml")[0]["language"] == ""
+
+
 def test_of_a_key_given_twice_the_last_counts(files):
     folder = files(base="size: 1\n", method="other: 0\n")
     argv = [str(folder / "method.yaml"), "--size", "2", "--size=3"]
@@ -180,5 +216,10 @@ def test_every_method_file_is_called_what_it_is(path):
 def test_a_job_that_is_done_leaves_its_process_group():
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    cli.run(lambda argv: torch.distributed.barrier())
+
+    def main(argv):
+        torch.distributed.barrier()
+        raise SystemExit(0)  # as --fill_only ends
+
+    cli.run(main)
     assert not torch.distributed.is_initialized()

@@ -141,6 +141,29 @@ def test_joined_files_of_which_only_the_first_would_be_read_are_an_error(tmp_pat
             read(path)
 
 
+@pytest.mark.parametrize("size", [4, 10, 60, 300])
+def test_stubs_of_mp3_files_are_errors_by_name(tmp_path, size):
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, numpy.random.default_rng(0).uniform(-0.5, 0.5, 48000), 16000)
+    frames = path.read_bytes()
+    cut = frames.index(b"Info" if b"Info" in frames else b"Xing") + 10  # within its table
+    for data in (b"ID3\x03" + frames[:size], frames[:cut]):
+        path.write_bytes(data[:size] if size < 60 else data)
+        known, (problem,) = read_durations({"a": path})
+        assert not known and "a.mp3" in problem and "several" not in problem
+
+
+def test_a_file_that_may_not_be_read_is_one_of_the_bad_ones(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", tone(), 16000)
+
+    def refused(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(audio, "open", refused, raising=False)  # root may read anything
+    with pytest.raises(AudioError, match=r"a\.wav: cannot be read \(Permission denied\)"):
+        audio_info(tmp_path / "a.wav")
+
+
 def test_damage_in_the_middle_is_found_by_decoding_all(tmp_path):
     path = tmp_path / "a.flac"
     soundfile.write(path, numpy.random.default_rng(0).uniform(-0.5, 0.5, 160000), 16000)

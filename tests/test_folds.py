@@ -36,6 +36,17 @@ def test_a_folder_that_is_named_gets_one_for_each_fold(tmp_path):
     assert (tmp_path / "x/folds.json").is_file()
 
 
+def test_tried_folds_leave_what_finished_ones_say(tmp_path):
+    job = make_job([], tmp_path)
+
+    def tried(argv):
+        folder, results = job(argv)
+        return folder.with_name(f"{folder.name}-debug"), results
+
+    with_folds(tried, (1, 2))(["m.yaml", "--fold=all", "--debug"])
+    assert [path.name for path in tmp_path.iterdir()] == ["folds-debug.json"]
+
+
 def test_one_fold_or_none_runs_as_it_is_and_an_unknown_one_is_refused(tmp_path):
     calls = []
     main = with_folds(make_job(calls, tmp_path), (1, 2))

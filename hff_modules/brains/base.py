@@ -173,6 +173,10 @@ class SSLBrain(sb.Brain):
             raise TypeError(
                 f"fit: expected a DataLoader as train_set, got {type(train_set).__name__}"
             )
+        if self.grad_accumulation_factor < 1:
+            raise ValueError(
+                f"grad_accumulation_factor={self.grad_accumulation_factor}: expected 1 or more"
+            )
         per_epoch = len(train_set) // self.grad_accumulation_factor
         if per_epoch == 0:  # SpeechBrain counts batches anew in every epoch
             raise ValueError(

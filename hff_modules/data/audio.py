@@ -183,9 +183,13 @@ def _check_file(path: str | os.PathLike) -> None:
         raise AudioError(f"{path}: no such audio file")
     if os.path.getsize(path) == 0:
         raise AudioError(f"{path}: the audio file is empty (0 bytes)")
-    with open(path, "rb") as file:
-        if goes_on(file):
-            raise AudioError(f"{path}: {JOINED}")
+    try:
+        with open(path, "rb") as file:
+            joined = goes_on(file)
+    except OSError as error:
+        raise AudioError(f"{path}: cannot be read ({error.strerror})") from error
+    if joined:
+        raise AudioError(f"{path}: {JOINED}")
 
 
 def goes_on(file: BinaryIO) -> bool:
@@ -200,10 +204,8 @@ def goes_on(file: BinaryIO) -> bool:
     if head[:4] == b"OggS":
         return _ogg_goes_on(file)
     start = 0
-    if head[:3] == b"ID3":  # a tag in front; seven bits of each byte of its length count
-        start = 10 + sum(
-            byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True)
-        )
+    if len(head) == 10 and head[:3] == b"ID3":  # a tag in front; its length has 7 bits of each byte
+        start = 10 + sum(byte << 7 * place for place, byte in enumerate(reversed(head[6:])))
         file.seek(start)
         head = file.read(10)
     return _is_frame(head) and _mp3_goes_on(file, start, head + file.read(190))
@@ -225,7 +227,8 @@ def _ogg_goes_on(file: BinaryIO) -> bool:
 def _mp3_goes_on(file: BinaryIO, start: int, frame: bytes) -> bool:
     """Whether frames, or another tag, follow behind as many bytes as the first frame speaks of."""
     place = max(frame.find(b"Xing"), frame.find(b"Info"))
-    if place < 0 or not frame[place + 7] & 2:  # says no length in bytes: all will be read
+    if place < 0 or len(frame) < place + 16 or not frame[place + 7] & 2:
+        # It says no length in bytes: all will be read.
         return False
     place += 8 + 4 * (frame[place + 7] & 1)  # behind a length in frames
     file.seek(start + int.from_bytes(frame[place : place + 4], "big"))

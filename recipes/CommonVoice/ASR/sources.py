@@ -51,10 +51,10 @@ def train_sources(argv: Sequence[str], train: Callable[[list[str]], object]) -> 
             f"got {languages!r}, {options!r}"
         )
     target = given(argv, "language")
-    if "--debug" in argv:
+    if "--debug" in argv and "--debug_persistently" not in argv:
         raise ValueError(
             "source_languages: --debug keeps no checkpoint that the second stage could start from; "
-            "take --debug_persistently, or try the stages one by one"
+            "add --debug_persistently, or try the stages one by one"
         )
     shared = {target} & set(languages) if isinstance(target, str) else set()
     if shared:

@@ -53,6 +53,8 @@ def main(argv: list[str]) -> dict:
 
 def _check_names(argv: list[str]) -> None:
     folder, language = given(argv, "data_folder"), given(argv, "language")
+    if language is None:
+        raise ValueError("source_languages: say with --language what is to be learned after them")
     if isinstance(folder, str) and isinstance(language, str):
         check_languages(Path(folder).absolute(), [language])
 
