@@ -1,10 +1,15 @@
 """The pretraining recipe: it learns, continues, refuses, skips and reports."""
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +149,44 @@ def test_a_mistake_in_the_first_command_does_not_bind_the_second(speech, tmp_pat
     _recipe_main()(_arguments(speech, tmp_path, max_steps=2))
 
 
+def test_settings_bind_as_soon_as_there_is_a_checkpoint_or_targets(tmp_path):
+    path = tmp_path / "settings.json"
+    train = corpora.load_train(RECIPE)
+    train.check_settings(path, {"seed": 1}, [])
+    train.check_settings(path, {"seed": 2}, [])
+    (tmp_path / "save" / "CKPT+1").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a run with seed=2, now it is 3"):
+        train.check_settings(path, {"seed": 3}, [])
+    train.check_settings(path, {"seed": 2, "precision": "fp32"}, [])  # new to a run begun earlier
+    with pytest.raises(ValueError, match="precision='fp32', now it is 'bf16'"):
+        train.check_settings(path, {"seed": 2, "precision": "bf16"}, [])
+    path.write_text('{"seed": ')
+    with pytest.raises(ValueError, match="settings.json is damaged .*remove it if"):
+        train.check_settings(path, {"seed": 2}, [])
+
+
+def test_settings_are_never_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "settings.json"
+    train = corpora.load_train(RECIPE)
+    train.check_settings(path, {"seed": 1}, [])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        train.check_settings(path, {"seed": 2}, [])
+    assert json.loads(path.read_text()) == {"seed": 1}
+
+
+def test_without_steps_speech_and_targets_are_prepared_and_nothing_is_trained(speech, tmp_path):
+    _recipe_main()(_arguments(speech, tmp_path, max_steps=0))
+    assert (tmp_path / "run" / "targets.json").exists()
+    assert not (tmp_path / "run" / "encoder").exists()
+    _recipe_main()(_arguments(speech, tmp_path, max_steps=2))
+    assert _history(tmp_path)[-1]["steps"] == 2
+
+
 def test_codes_of_other_speech_are_not_taken(speech, tmp_path):
     _recipe_main()(_arguments(speech, tmp_path, max_steps=2))
     other = {"prepared_folder": f"{tmp_path}/other", "valid_seconds": 8, "max_steps": 3}
@@ -157,10 +200,25 @@ def test_codes_of_other_speech_are_not_taken(speech, tmp_path):
 
 def test_what_cannot_work_is_refused_before_the_recordings_are_read(speech, tmp_path, monkeypatch):
     monkeypatch.setattr(speech_prepare, "_process", lambda job: pytest.fail("has read"))
-    with pytest.raises(ValueError, match="objective='clusters': expected best_rq"):
-        _recipe_main()(_arguments(speech, tmp_path, objective="clusters"))
-    with pytest.raises(ValueError, match="codebooks=4.*at most three"):
-        _recipe_main()(_arguments(speech, tmp_path, codebooks=4))
+    small = tmp_path / "small"
+    Wav2Vec2BertModel(_tiny_config(num_hidden_layers=2, hidden_size=48)).save_pretrained(small)
+    states = {"objective": "states", "teacher": small, "teacher_layers": "[1]"}
+    for changes, message in [
+        ({"objective": "clusters"}, "objective='clusters': expected best_rq"),
+        ({"codebooks": 4}, "codebooks=4.*at most three"),
+        (states | {"teacher": "null"}, "teacher: .*expected the folder of an encoder"),
+        (states | {"teacher_layers": "[3]"}, r"teacher_layers=\[3\]: .*small has 1 to 2"),
+        (states | {"teacher_layers": 1}, "teacher_layers=1: expected a list"),
+        (states | {"stride": 2}, "small: reads 320 values a frame, expected 160"),
+        ({"init": small}, "init has intermediate_size=48, expected 96"),
+        ({"hidden_size": 50}, "hidden_size=50: expected a multiple of the 4 attention heads"),
+        ({"max_frames": 3}, "max_frames=3: expected no less than .*'frames': 4"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            _recipe_main()(_arguments(speech, tmp_path, **changes))
+    (small / "config.json").write_text('{"model_type": "hubert"}')
+    with pytest.raises(ValueError, match="init=.*expected a wav2vec2-bert, it is a hubert"):
+        _recipe_main()(_arguments(speech, tmp_path, init=small))
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(speech / "00-0.wav", alone)
@@ -232,7 +290,7 @@ def test_of_few_long_voices_single_recordings_are_held_out(speech, tmp_path, cap
         )
     train, valid = _prepared_parts(tmp_path / "prepared")
     assert len(valid) == (2 if "1" in pattern else 1)  # 4.5 s, or a quarter of 8 s
-    assert len(train) + len(valid) == report["files"]
+    assert len(train) + len(valid) == report["files"] and report["held_out"] == "recordings"
     assert any("their voices are trained on, too" in m for m in caplog.messages)
     assert any("hours to train on" in m for m in caplog.messages)
 
@@ -255,7 +313,9 @@ def test_two_long_speakers_do_not_lose_one_of_them():
     assert sum(row[3] for row in held) == 15000
 
 
-@pytest.mark.parametrize("error", [ValueError("array is too big"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [ValueError("array is too big"), MemoryError(), PermissionError(13, "denied")]
+)
 def test_a_file_that_breaks_the_decoder_is_one_unreadable_file(
     speech, tmp_path, monkeypatch, error
 ):
@@ -271,6 +331,85 @@ def test_a_file_that_breaks_the_decoder_is_one_unreadable_file(
     assert report["skipped"] == {"unreadable": 1} and report["files"] == 47
 
 
+def test_samples_beyond_any_scale_and_too_few_of_them_cost_one_file_each(speech, tmp_path, caplog):
+    source = _copied(speech, tmp_path / "source", "0[01]-0.wav")
+    wav = _utterance(np.random.default_rng(0))
+    wav[9000] = 1e20
+    soundfile.write(source / "mad.wav", wav, 16000, subtype="FLOAT")
+    soundfile.write(source / "tiny.wav", wav[:879], 16000)
+    with caplog.at_level(logging.WARNING):
+        report = speech_prepare.prepare_speech(
+            source, tmp_path / "prepared", workers=1, rules={"min_seconds": 0.01}
+        )
+    assert report["skipped"] == {"unreadable": 1, "too short": 1} and report["files"] == 2
+    assert any("unreadable" in m and "mad.wav" in m for m in caplog.messages)
+    features = np.fromfile(tmp_path / "prepared" / "features.f16", np.float16)
+    assert np.isfinite(features).all()
+
+
+def test_pieces_shorter_than_a_mask_are_counted_and_nothing_but_them_is_refused(trained, caplog):
+    prepared, codes = trained / "prepared", trained / "run" / "codes.npy"
+    mask = {"share": 0.5, "frames": 17}
+    with caplog.at_level(logging.WARNING):
+        segments = masked_speech.SpeechSegments(prepared, "valid", codes, 17, mask)
+    number = caplog.records[-1].getMessage().split()[0]
+    assert f"{number} of " in caplog.messages[-1] and "mask.frames=17 and left out" in caplog.text
+    assert len(segments) and int(number) > 0
+    with pytest.raises(ValueError, match="shorter than mask.frames=99: nothing is left"):
+        masked_speech.SpeechSegments(prepared, "valid", codes, 100, mask | {"frames": 99})
+
+
+def test_of_two_that_prepare_one_folder_the_second_waits(speech, tmp_path, monkeypatch, caplog):
+    source, prepared = _copied(speech, tmp_path / "source", "0[0-2]-*"), tmp_path / "prepared"
+    process, reports, done = speech_prepare._process, [], []
+
+    def prepare():
+        reports.append(speech_prepare.prepare_speech(source, prepared, workers=1))
+
+    second = threading.Thread(target=prepare)
+
+    def slow(job):
+        done.append(job)
+        if len(done) == 1:
+            second.start()
+            second.join(0.5)
+        return process(job)
+
+    monkeypatch.setattr(speech_prepare, "_process", slow)
+    prepare()
+    second.join()
+    assert len(done) == 12 and reports[0] == reports[1] and reports[0]["files"] == 12
+    assert any("another process prepares it" in m for m in caplog.messages)
+
+
+def test_a_voice_has_one_name_whatever_lists_it(tmp_path):
+    names = ["id1/v1/00001.wav", "id1/v2/00001.wav", "id2/v3/00001.wav", "id2/7-1.wav"]
+    for name in names:
+        corpora.write_audio(tmp_path / "vox" / "dev" / name, 0.02)
+    vox, voices = str(tmp_path / "vox"), speech_prepare._voices
+    found = voices(speech_prepare._list_all([vox, f"{vox}/dev/id2"]))
+    expected = dict(zip(names, ["id1", "id1", "id2", "7"], strict=True))
+    assert found == {f"{vox}/dev/{name}": f"{vox}/{who}" for name, who in expected.items()}
+
+    (tmp_path / "vox" / "t.csv").write_text(f"wav,speaker\ndev/{names[3]},x\n")
+    found = voices(speech_prepare._list_all([vox, f"{vox}/t.csv"]))
+    assert found[f"{vox}/dev/{names[3]}"] == f"{vox}/x" and len(found) == 4
+
+    for number, part in enumerate(("train", "other")):
+        (tmp_path / f"{part}.tsv").write_text(f"client_id\tpath\nx\ta.mp3\ny\t{number}.mp3\n")
+    found = voices(speech_prepare._list_all([f"{tmp_path}/{p}.tsv" for p in ("train", "other")]))
+    expected = {"a.mp3": "x", "0.mp3": "y", "1.mp3": "y"}
+    assert found == {f"{tmp_path}/{name}": f"{tmp_path}/{who}" for name, who in expected.items()}
+
+
+def test_speech_prepared_before_speakers_were_named_otherwise_is_still_known(tmp_path):
+    (tmp_path / "id1").mkdir()
+    (tmp_path / "id1" / "00001.wav").write_bytes(b"12345")
+    lines = f"{tmp_path}/id1/00001.wav\t{tmp_path}/00001\t5\n"
+    expected = hashlib.sha256(lines.encode()).hexdigest()[:16]
+    assert speech_prepare._fingerprint(speech_prepare._list_all([str(tmp_path)])) == expected
+
+
 def test_new_and_changed_recordings_are_noticed(speech, tmp_path):
     source, prepared = _copied(speech, tmp_path / "source", "0[0-2]-*"), tmp_path / "prepared"
     (source / "table.csv").write_text("wav\n00-0.wav\n01-0.wav\nlater.wav\n")
@@ -279,21 +418,23 @@ def test_new_and_changed_recordings_are_noticed(speech, tmp_path):
     def prepare():
         return speech_prepare.prepare_speech(sources, prepared, workers=1)
 
-    assert prepare()["skipped"] == {"missing": 1}
-    assert prepare()["files"] == 14
+    assert prepare()["skipped"] == {"listed twice": 2, "missing": 1}
+    assert prepare()["files"] == 12
     shutil.copy(speech / "03-0.wav", source)
     with pytest.raises(ValueError, match="prepared from 15 files, now there are 16"):
         prepare()
     (source / "03-0.wav").rename(source / "02-0.flac.wav")
     os.replace(source / "02-0.flac.wav", source / "02-0.wav")
-    assert prepare()["files"] == 14
+    assert prepare()["files"] == 12
     soundfile.write(source / "02-0.wav", np.zeros(9999), 16000)
     with pytest.raises(ValueError, match="15 files, of which some have now another name"):
         prepare()
     shutil.copy(speech / "02-0.wav", source)
     prepare()
     os.rename(source, tmp_path / "gone")
-    assert prepare()["files"] == 14  # what was prepared is all that is needed
+    assert prepare()["files"] == 12  # what was prepared is all that is needed
+    source.mkdir()
+    assert prepare()["files"] == 12  # a mount point without its disk
 
 
 def test_a_recording_that_was_missing_and_has_come_is_noticed(speech, tmp_path):
@@ -352,9 +493,32 @@ def test_a_killed_worker_ends_the_run():
         list(worker_pool.in_order(os._exit, [1], workers=2))
 
 
-def test_a_run_is_not_continued_with_another_configuration(speech, trained):
-    with pytest.raises(ValueError, match="lr_encoder=0.005.*0.1.*output_folder"):
-        _recipe_main()(_arguments(speech, trained, lr_encoder=0.1))
+def test_workers_end_with_a_parent_that_is_killed():
+    job = "print('begun', flush=True) or __import__('time').sleep(60)"
+    code = f"import worker_pool; list(worker_pool.in_order(eval, [{job!r}] * 2, 2))"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=RECIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert parent.stdout.readline() == b"begun\n"
+    parent.kill()
+    try:
+        parent.communicate(timeout=20)  # until nobody has its output open
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "key, before, now",
+    [
+        ("lr_encoder", "0.005", 0.1),
+        ("precision", "'fp32'", "bf16"),
+        ("grad_accumulation_factor", "1", 2),
+    ],
+)
+def test_a_run_is_not_continued_with_another_configuration(speech, trained, key, before, now):
+    with pytest.raises(ValueError, match=f"{key}={before}.*{now}.*output_folder"):
+        _recipe_main()(_arguments(speech, trained, max_steps=0, **{key: now}))
 
 
 def test_the_result_is_a_folder_that_transformers_and_the_encoder_load(trained):
@@ -383,8 +547,47 @@ def test_a_published_encoder_names_the_licences_of_its_data(speech, trained, tmp
     assert f"| Tones: {speech.name} | MIT |" in card and "license: mit\n" in card
     assert card.endswith("\nNone of it is speech.\n") and "CC" not in card and "EmoDB" not in card
     assert str(root) not in (folder / "training.json").read_text() + card
+    assert "hours were held out, by speaker, for the curves." in card
     assert (folder / "curves.png").stat().st_size > 0
     assert SSLEncoder(str(folder), layers=2).hidden_size == 48
+
+
+def test_a_card_names_all_that_its_rounds_heard_and_claims_nothing_else(trained, tmp_path):
+    def trained_on(name, init, **changes):
+        folder = shutil.copytree(trained / "run" / "encoder", tmp_path / name)
+        report = json.loads((folder / "training.json").read_text())
+        report["config"] |= {"sources": [f"/data/{name}"], "init": init, "objective": "best_rq"}
+        report["targets"] |= {"objective": "best_rq"}
+        report["targets"]["learned_from"] = speech_prepare.learned_from(report["config"])
+        report["data"] |= changes
+        (folder / "training.json").write_text(json.dumps(report))
+        return str(folder)
+
+    first = trained_on("private", None, held_out="recordings")
+    second = trained_on("open", first)
+    other = trained_on("far", "maker/model", held_out=None)
+    own = {"licence": "mit", "remarks": "", "sets": [["open", "Open", "MIT"]]}
+    for rounds in ([second], [first, second]):  # the first one counts even if nobody names it
+        with pytest.raises(ValueError, match="none of the sets begins private"):
+            publish.publish(tmp_path / "card", rounds, "/data", own, "a core")
+    own["sets"].append(["private", "Mine", "all rights reserved"])
+    publish.publish(tmp_path / "card", [first, second], "/data", own, "a core")
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "| Mine: private | all rights reserved |" in card and "| Open: open | MIT |" in card
+    assert "| 1 | fresh weights |" in card and "| 2 | round 1 |" in card
+    assert "round 1: " in card and "held out, single recordings, for the curves" in card
+    assert "cluster" not in card and str(tmp_path) not in card
+    text = (tmp_path / "card" / "training.json").read_text()
+    assert "learned_from" not in text and str(tmp_path) not in text
+
+    own["sets"].append(["far", "Far", "MIT"])
+    with pytest.raises(ValueError, match="maker/model is not in /data, and no set"):
+        publish.publish(tmp_path / "card", [other], "/data", own, "a core")
+    own["sets"].append(["maker/model", "A model", "Apache 2.0"])
+    publish.publish(tmp_path / "card", [first, other], "/data", own, "a core")
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "| A model: maker/model | Apache" in card and "| Mine: private |" in card
+    assert "| 2 | another encoder |" in card and "hours were held out for the curves" in card
 
 
 def test_bf16_is_a_run_option(speech, trained, tmp_path, caplog):
@@ -426,7 +629,7 @@ def test_useless_files_are_skipped_by_name_and_counted(tmp_path, caplog):
             [str(tmp_path), str(tmp_path / "table.csv")], tmp_path / "prepared", workers=1
         )
     expected = {"silent": 1, "clipped": 1, "too short": 1, "unreadable": 1, "missing": 1}
-    assert report["skipped"] == expected and report["files"] == 3
+    assert report["skipped"] == expected | {"listed twice": 1} and report["files"] == 2
     for reason, name in [
         ("silent", "c-silent.wav"),
         ("clipped", "c-clipped.wav"),
@@ -449,7 +652,7 @@ def test_a_collapsed_quantizer_is_reported(trained, tmp_path, caplog):
         (prepared / name).write_text((trained / "prepared" / name).read_text())
     features = np.memmap(trained / "prepared" / "features.f16", np.float16, mode="r")
     np.ones_like(features).tofile(prepared / "features.f16")
-    settings = {"objective": "best_rq", "codebooks": 1, "codes": 64, "seed": 0}
+    settings = {"objective": "best_rq", "codebooks": 1, "codes": 64, "seed": 0, "sources": []}
     settings |= {"output_folder": str(tmp_path), "prepared_folder": str(prepared)}
     with caplog.at_level(logging.WARNING):
         masked_speech.make_codes(settings)
@@ -530,6 +733,30 @@ def test_teacher_states_are_those_of_each_utterance_or_piece_of_it_alone(tmp_pat
             alone = model(inputs, output_hidden_states=True).hidden_states
         for layer in (1, 2):
             np.testing.assert_allclose(states[layer - 1, start:stop], alone[layer][0], atol=5e-3)
+
+
+def test_a_disk_too_full_for_states_is_said_before_they_are_made(tmp_path, monkeypatch):
+    Wav2Vec2BertModel(_tiny_config(num_hidden_layers=1)).save_pretrained(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="GB for the teacher's states .No space.*states.f16"):
+        path = tmp_path / "states.f16"
+        targets.states_of(str(tmp_path), np.zeros((9, 320)), [(0, 9)], [1], path, 9, workers=1)
+    assert not path.exists()
+
+
+def test_an_epoch_has_its_hours_at_any_stride():
+    class Segments(list):
+        segments = [(0, 100)] * 360
+
+    given, parts = Segments(Segments.segments), []
+    for stride in (2, 4):
+        hparams = {"epoch_hours": 0.1, "seed": 0, "stride": stride}
+        parts.append(masked_speech.sampler(given, 1000, hparams).parts)
+    assert parts == [2, 4]
 
 
 def test_a_second_round_predicts_clusters_of_the_first_ones_states(speech, trained, tmp_path):

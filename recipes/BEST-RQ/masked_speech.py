@@ -13,6 +13,7 @@ import numpy as np
 import targets
 import torch
 from safetensors.torch import load_file, save_file
+from speech_prepare import learned_from
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.lobes.models.BESTRQ import compute_mask
 from speechbrain.utils.checkpoints import (
@@ -28,6 +29,13 @@ from hff_modules.families.attention import relative_key_bias
 from hff_modules.files import write_atomically
 
 logger = logging.getLogger(__name__)
+
+# What an encoder and the one that it starts from have to share.
+SHAPE = (
+    "hidden_size intermediate_size num_attention_heads conv_depthwise_kernel_size "
+    "feature_projection_input_dim position_embeddings_type left_max_position_embeddings "
+    "right_max_position_embeddings"
+).split()
 
 
 @register_checkpoint_hooks
@@ -46,10 +54,20 @@ class Pretrainer(nn.Module):
         Hugging Face folder to take the encoder's weights from (a second round).
     local_attention : bool
         Start with `start_with_local_attention`.
+
+    Raises
+    ------
+    ValueError
+        The width cannot be divided among the heads, or `init` does not fit.
     """
 
     def __init__(self, config, codebooks, codes, init=None, local_attention=True):
         super().__init__()
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={config.hidden_size}: expected a multiple of the "
+                f"{config.num_attention_heads} attention heads"
+            )
         config._attn_implementation = "eager"
         modeling_wav2vec2_bert._apply_relative_key_position_encoding = relative_key_scores
         self.encoder = Wav2Vec2BertModel(config)
@@ -57,6 +75,7 @@ class Pretrainer(nn.Module):
         if local_attention:
             start_with_local_attention(self.encoder)
         if init:
+            targets.encoder_config(init, "init")  # else other models' weights are left out silently
             grow_from(Wav2Vec2BertModel.from_pretrained(init, dtype=torch.float32), self.encoder)
         self.codebooks = codebooks
         self.head = nn.Linear(config.hidden_size, codebooks * codes)
@@ -169,11 +188,15 @@ def grow_from(small, encoder):
     LayerNorm; its scale and shift move to the last fresh block behind it, so that the output stays
     the same.
     """
+    for key in SHAPE:
+        given, wanted = getattr(small.config, key), getattr(encoder.config, key)
+        if given != wanted:
+            raise ValueError(f"init has {key}={given}, expected {wanted}")
     times, rest = divmod(len(encoder.encoder.layers), len(small.encoder.layers))
-    if rest or small.config.hidden_size != encoder.config.hidden_size:
+    if rest:
         raise ValueError(
-            f"init has {len(small.encoder.layers)} blocks of width {small.config.hidden_size}, not "
-            f"a part of {len(encoder.encoder.layers)} of width {encoder.config.hidden_size}"
+            f"init has {len(small.encoder.layers)} blocks, of which "
+            f"{len(encoder.encoder.layers)} are no multiple"
         )
     encoder.feature_projection.load_state_dict(small.feature_projection.state_dict())
     for index, block in enumerate(small.encoder.layers):
@@ -230,7 +253,8 @@ class SpeechSegments(torch.utils.data.Dataset):
     max_frames : int
         Longer utterances are cut evenly.
     mask : dict
-        `share` of the frames that is masked, in spans of `frames`.
+        `share` of the frames that is masked, in spans of `frames`; pieces that are shorter than a
+        span are left out, and their number is logged.
     """
 
     def __init__(self, prepared, part, codes, max_frames, mask):
@@ -239,6 +263,12 @@ class SpeechSegments(torch.utils.data.Dataset):
         self.part, self.mask = part, mask
         pieces = targets.cut_evenly(rows, max_frames)
         self.segments = [piece for piece in pieces if piece[1] >= mask["frames"]]
+        short = len(pieces) - len(self.segments)
+        said = f"{short} of {len(pieces)} pieces of {part} speech are shorter than mask.frames"
+        if not self.segments:
+            raise ValueError(f"{said}={mask['frames']}: nothing is left")
+        if short:
+            logger.warning("%s=%d and left out", said, mask["frames"])
 
     def __len__(self):
         return len(self.segments)
@@ -305,7 +335,7 @@ def sampler(segments, batch_frames, hparams=None):
     edges = sorted({int(edge) for edge in np.quantile(lengths, np.linspace(0, 1, 25)[1:])})
     parts = 1
     if hparams:
-        parts = max(1, round(sum(lengths) / (hparams["epoch_hours"] * 90000)))
+        parts = max(1, round(sum(lengths) / (hparams["epoch_hours"] * 360000 / hparams["stride"])))
     return PartSampler(
         segments,
         batch_frames,
@@ -324,7 +354,8 @@ def views_and_layers(hparams):
     Raises
     ------
     ValueError
-        `objective` is none of those that `make_codes` knows, or does not fit `codebooks`.
+        `objective` is none of those that `make_codes` knows, or does not fit `codebooks` or
+        `teacher`.
     """
     books, objective = hparams["codebooks"], hparams["objective"]
     if objective == "best_rq":
@@ -335,12 +366,17 @@ def views_and_layers(hparams):
             f"objective={objective!r}: expected best_rq, cepstra, states or cepstra+states"
         )
     layers = hparams["teacher_layers"] or [] if "states" in kinds else []
+    if not isinstance(layers, list):
+        raise ValueError(f"teacher_layers={layers!r}: expected a list such as [3, 5]")
     views = max(0, books - len(layers)) if "cepstra" in kinds else 0
     if views > 3 or books != views + len(layers):
         raise ValueError(
             f"codebooks={books}: with objective={objective} it is one for each of "
             f"teacher_layers={layers}, and one for each cepstral view, at most three"
         )
+    if layers:
+        width = hparams["encoder"].feature_projection_input_dim
+        targets.check_teacher(hparams["teacher"], layers, width)
     return views, layers
 
 
@@ -383,6 +419,7 @@ def make_codes(hparams):
     np.save(folder / "codes.part.npy", codes)
     os.replace(folder / "codes.part.npy", folder / "codes.npy")
     found = {"objective": objective, "prepared": digest, "codebooks": report}
+    found["learned_from"] = learned_from(hparams)  # now, as its encoders may be gone later
     write_atomically(done, json.dumps(found, indent=1))
 
 

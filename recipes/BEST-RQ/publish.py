@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from speech_prepare import learned_from  # noqa: E402
 
 from hff_modules.cli import run  # noqa: E402
 
@@ -26,28 +27,26 @@ tags: [speech, self-supervised, wav2vec2-bert]
 
 A small speech encoder, {parameters:.1f} M parameters: {layers} Conformer blocks of width {width}
 (`Wav2Vec2BertModel`, the shape of w2v-BERT 2.0), log-mel input at 16 kHz, {rate:.0f} states a
-second. It learned from {hours:.1f} hours of speech without a look at a transcript. `AutoModel`
+second. It learned from {hours} hours of speech without a look at a transcript. `AutoModel`
 loads it; `AutoFeatureExtractor` makes its input.
 
 It is for development, tests and comparisons of methods on small data, not a match for models of
 thousands of hours.
 
 ## How it was made
-`recipes/BEST-RQ` of this package: masked prediction of cluster numbers, on {cores};
-rounds: {rounds}.
+`recipes/BEST-RQ` of this package: masked prediction, on {cores}; rounds: {rounds}.
 
-| round | targets | blocks | steps | hours heard | seconds | held-out loss | accuracy |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| round | begins with | targets | blocks | steps | hours | seconds | held-out loss | accuracy |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}
 
-Loss and accuracy are at masked frames. Clusters of cepstra are of views of each frame, clusters of
-states are of the encoder's of the round before, with whose weights a round goes on. Where it has
-more blocks, fresh ones, at first the identity, follow each trained one.
+Hours are those heard, again and again; loss and accuracy are at masked frames. Where a round has
+more blocks than the encoder it begins with, fresh ones, at first the identity, follow each.
 Losses of different targets do not compare. `training.json` has all settings and curves,
 `curves.png` shows them.
 
 ## Data
-Besides, {valid:.2f} hours were held out, by speaker, for the curves. Skipped: {skipped}.
+{held_out}
 
 | source | licence |
 | --- | --- |
@@ -57,14 +56,14 @@ Besides, {valid:.2f} hours were held out, by speaker, for the curves. Skipped: {
 """
 
 
-def relative(settings, data_root):
+def relative(settings, data_root, rounds=()):
     """Settings without the paths of the machine: sources below `data_root`, no folders."""
     kept = {}
     for key, value in settings.items():
         if key == "sources":
             value = [_below(data_root, source) for source in value]
         if key in ("init", "teacher") and value:
-            value = "the round before"
+            value = _named(value, rounds)
         if not key.endswith("_folder") and key not in ("prepare", "config"):
             kept[key] = value
     return kept
@@ -80,11 +79,12 @@ def publish(folder, rounds, data_root, licences, cores):
     rounds : list of str
         Encoder folders of all rounds, in their order.
     data_root : str
-        Folder that all sources lie in; it is left out of what is written.
+        Folder that all sources of all rounds lie in; it is left out of what is written.
     licences : dict
         ``licence`` of the weights, as the Hugging Face hub spells it; ``sets``, a list of
         (beginning of the sources' names, what that set is, its licence), of which the longest
-        beginning holds; ``remarks`` on the data, which end the card.
+        beginning holds; ``remarks`` on the data, which end the card. An encoder that a round
+        began with, and that this recipe did not make, needs a set with its full name.
     cores : str
         What it was trained on.
 
@@ -96,15 +96,17 @@ def publish(folder, rounds, data_root, licences, cores):
     folder = Path(folder)
     reports = [json.loads((Path(r) / "training.json").read_text()) for r in rounds]
     config = json.loads((Path(rounds[-1]) / "config.json").read_text())
-    data = reports[-1]["data"]
+    heard = {}
     for report in reports:
-        report["config"] = relative(report["config"], data_root)
+        own = report["targets"].pop("learned_from", None)  # not there before they were recorded
+        heard |= dict.fromkeys(own or learned_from(report["config"]))
+        report["config"] = relative(report["config"], data_root, rounds)
         report["data"] = {k: v for k, v in report["data"].items() if k != "settings"}
 
     described = {start: (what, licence) for start, what, licence in licences["sets"]}
     sets = {}
-    for source in data["settings"]["sources"]:
-        name = _below(data_root, source)
+    for source in heard:
+        name = source if source in described else _below(data_root, source)
         start = max((s for s in described if name.startswith(s)), key=len, default=None)
         if start is None:
             raise ValueError(f"licences: none of the sets begins {name}")
@@ -114,16 +116,17 @@ def publish(folder, rounds, data_root, licences, cores):
     ]
     table = []
     for number, report in enumerate(reports, 1):
-        last, targets = report["history"][-1], report["targets"]
-        layers = report["config"].get("teacher_layers")
-        what = f"{len(targets['codebooks'])} × {report['config']['codes']} "
-        parts = {"best_rq": "codes of random projections", "cepstra": "clusters of cepstra"}
-        parts["states"] = f"clusters of states after blocks {layers}"
+        last, targets, settings = report["history"][-1], report["targets"], report["config"]
+        teacher, layers, init = (settings.get(k) for k in ("teacher", "teacher_layers", "init"))
+        what = f"{len(targets['codebooks'])} × {settings['codes']} "
+        parts = {"best_rq": "codes of random projections"}
+        parts["cepstra"] = "clusters of cepstra, views of each frame"
+        parts["states"] = f"clusters of the states of {teacher} after blocks {layers}"
         what += " and ".join(parts[part] for part in targets["objective"].split("+"))
         table.append(
-            f"| {number} | {what} | {report['config']['num_layers']} | {last['steps']} | "
-            f"{last['hours']:.1f} | {last['seconds']:.0f} | {last['valid']['masked_loss']:.2f} | "
-            f"{100 * last['valid']['masked_accuracy']:.1f} % |"
+            f"| {number} | {init or 'fresh weights'} | {what} | {settings['num_layers']} | "
+            f"{last['steps']} | {last['hours']:.1f} | {last['seconds']:.0f} | "
+            f"{last['valid']['masked_loss']:.2f} | {100 * last['valid']['masked_accuracy']:.1f} % |"
         )
     stride = reports[-1]["config"]["stride"]
     card = CARD.format(
@@ -133,12 +136,11 @@ def publish(folder, rounds, data_root, licences, cores):
         layers=config["num_hidden_layers"],
         width=config["hidden_size"],
         rate=100 / stride,
-        hours=data["hours"]["train"],
-        valid=data["hours"]["valid"],
+        hours=" and ".join(dict.fromkeys(f"{r['data']['hours']['train']:.1f}" for r in reports)),
+        held_out=_held_out(reports),
         rounds=len(rounds),
         cores=cores,
         table="\n".join(table),
-        skipped=", ".join(f"{count} {why}" for why, count in data["skipped"].items()) or "nothing",
         sources="\n".join(sources),
         remarks=licences["remarks"],
     )
@@ -150,9 +152,34 @@ def publish(folder, rounds, data_root, licences, cores):
     _plot(reports, folder / "curves.png")
 
 
+def _named(encoder, rounds):
+    for number, folder in enumerate(rounds, 1):
+        if Path(folder).resolve() == Path(encoder).resolve():
+            return f"round {number}"
+    return "another encoder"
+
+
+def _held_out(reports):
+    said = {}
+    for number, report in enumerate(reports, 1):
+        data = report["data"]
+        how = {"speakers": ", by speaker,", "recordings": ", single recordings,"}
+        how = how.get(data.get("held_out"), "")
+        skipped = ", ".join(f"{count} {why}" for why, count in data["skipped"].items())
+        line = f"{data['hours']['valid']:.2f} hours were held out{how} for the curves. "
+        said.setdefault(f"{line}Skipped: {skipped or 'nothing'}.", []).append(str(number))
+    if len(said) == 1:
+        return f"Besides, {next(iter(said))}"
+    return "\n".join(
+        f"Besides, in round {', '.join(which)}: {line}" for line, which in said.items()
+    )
+
+
 def _below(data_root, source):
     if not Path(source).is_relative_to(data_root):
-        raise ValueError(f"data_root: {source} is not in {data_root}")
+        raise ValueError(
+            f"data_root: {source} is not in {data_root}, and no set of the licences has its name"
+        )
     return str(Path(source).relative_to(data_root))
 
 

@@ -4,7 +4,9 @@ The log-mels are those that the encoder reads (`transformers.SeamlessM4TFeatureE
 once and kept in half precision: on a CPU, decoding and filter banks would be paid in every epoch.
 """
 
+import contextlib
 import csv
+import fcntl
 import hashlib
 import json
 import logging
@@ -75,14 +77,14 @@ def find_audio(source):
     Returns
     -------
     list of (path, speaker)
-        Without a speaker column the speaker is the file name up to the first "-" or "_".
+        None for the speaker where no column names one.
     """
     source = Path(source)
     if source.is_dir():
         paths = audio_below(source)
-        if not paths:
-            raise ValueError(f"no audio below {source}")
-        return [(str(p), re.split("[-_]", p.stem)[0]) for p in paths]
+        if not paths:  # or a mount point on which nothing is mounted now
+            raise FileNotFoundError(f"no audio below {source}")
+        return [(str(path), None) for path in paths]
     if not source.is_file():
         raise FileNotFoundError(f"sources: {source} is neither a folder nor a table")
     tabs = source.suffix == ".tsv"
@@ -100,7 +102,7 @@ def find_audio(source):
     for row in read_table(source, [audio, speaker] if speaker else [audio], **form):
         name = row[audio].replace("{data_root}", str(folder)).replace("$data_root", str(folder))
         path = clips / name if clips.is_dir() and not (folder / name).exists() else folder / name
-        found.append((str(path), row[speaker] if speaker else re.split("[-_]", path.stem)[0]))
+        found.append((str(path), row[speaker] if speaker else None))
     return found
 
 
@@ -110,18 +112,76 @@ def as_list(sources):
     return [str(source) for source in ([sources] if one else sources or [])]
 
 
-def _find_all(sources):
-    """(path, speaker) of all recordings; a speaker is one of a source."""
-    found = []
-    for source in sources:
-        found += [(path, f"{source}/{speaker}") for path, speaker in find_audio(source)]
+def learned_from(config):
+    """Sources of a round and of the encoders that it begins with or takes its targets from.
+
+    Arguments
+    ---------
+    config : dict
+        ``sources``, ``objective``, ``init`` and ``teacher`` of the round.
+
+    Returns
+    -------
+    list of str
+        An encoder whose `training.json` is not there, or not one of this recipe's, is named itself.
+    """
+    found = list(config["sources"])
+    teacher = config.get("teacher") if "states" in config["objective"] else None
+    for encoder in filter(None, (teacher, config.get("init"))):
+        path = Path(encoder, "training.json")
+        before = json.loads(path.read_text()) if path.exists() else {}
+        if "targets" not in before:
+            found.append(str(encoder))
+        elif "learned_from" in before["targets"]:
+            found += before["targets"]["learned_from"]
+        else:
+            found += learned_from(before["config"])
+    return list(dict.fromkeys(found))
+
+
+def _list_all(sources):
+    """(source, what `find_audio` finds) of all sources."""
+    return [(source, find_audio(source)) for source in sources]
+
+
+def _count(listed):
+    return sum(len(recordings) for _, recordings in listed)
+
+
+def _by_name(path):
+    return re.split("[-_]", Path(path).stem)[0]
+
+
+def _voices(listed):
+    """{path: speaker} of what `_list_all` lists; each recording once, a table's word first.
+
+    Tables of one folder share their speakers. Without a table's word it is the file name up to the
+    first "-" or "_"; one that has neither names no speaker, but its folder does: the first in which
+    the recordings of a source differ (VoxCeleb has one for each speaker, in it one for each video).
+    """
+    found, seen = {}, set()
+    for source, recordings in sorted(listed, key=lambda pair: os.path.isdir(pair[0])):
+        home = source if os.path.isdir(source) else os.path.dirname(source)
+        folders = {os.path.dirname(os.path.abspath(path)) for path, _ in recordings}
+        shared = os.path.commonpath(folders) if folders else home
+        for path, speaker in recordings:
+            if speaker is None:
+                speaker = _by_name(path)
+                first, *inside = os.path.relpath(path, shared).split(os.sep)
+                if inside and speaker == Path(path).stem:
+                    speaker = first
+            real = os.path.realpath(path)
+            if real not in seen:
+                found[path] = f"{home}/{speaker}"
+            seen.add(real)
     return found
 
 
-def _fingerprint(found):
+def _fingerprint(listed):
     """Names, speakers and sizes of recordings in 16 characters, which change with any of them."""
     digest = hashlib.sha256()
-    for path, speaker in found:
+    for source, path, speaker in ((s, *one) for s, recordings in listed for one in recordings):
+        speaker = f"{source}/{_by_name(path) if speaker is None else speaker}"
         try:
             size = os.path.getsize(path)
         except OSError:
@@ -139,13 +199,18 @@ def _process(job):
         return "missing", None
     try:
         wav = read_audio(path, SAMPLE_RATE)
-    except (ValueError, RuntimeError, MemoryError):  # a broken header may ask for any size
+    except (ValueError, RuntimeError, OSError, MemoryError):  # a broken header may ask for any size
         return "unreadable", None
     reason = reason_to_skip(wav, **rules)
     if reason:
         return reason, None
-    mels, _ = KaldiLogMel(stride=stride)(wav[None], torch.tensor([len(wav)]))
-    return None, mels[0].half().numpy()
+    log_mel, samples = KaldiLogMel(stride=stride), torch.tensor([len(wav)])
+    if log_mel.count_frames(samples) < 1:
+        return "too short", None
+    mels = log_mel(wav[None], samples)[0][0].half()
+    if not mels.isfinite().all():  # samples far beyond full scale, as a broken float file has them
+        return "unreadable", None
+    return None, mels.numpy()
 
 
 def prepare_speech(
@@ -154,7 +219,8 @@ def prepare_speech(
     """Writes `features.f16` (all stacked frames), `train.csv`, `valid.csv` and `prepared.json`.
 
     Nothing is done when `save_folder` was prepared from the same files and settings before; others
-    are refused. What is held out says `_hold_out`.
+    are refused. If another process prepares it now, this one waits. What is held out says
+    `_hold_out`, whose voices are whose `_voices`.
 
     Arguments
     ---------
@@ -190,20 +256,42 @@ def prepare_speech(
     done = folder / "prepared.json"
     settings = {"sources": sources, "valid_seconds": valid_seconds}
     settings |= {"stride": stride, "seed": seed, "rules": rules}
-    if done.exists():
-        report = json.loads(done.read_text())
-        _check_same(folder, report, settings)
-        return report
-    found = _find_all(sources)
-    settings["fingerprint"] = _fingerprint(found)
-    if len({path for path, _ in found}) < 2:
-        raise ValueError(f"sources={sources}: {len(found)} recordings; {NEEDED}")
+    if not done.exists():
+        listed = _list_all(sources)
+        found = _voices(listed)
+        if len(found) < 2:
+            raise ValueError(f"sources={sources}: {len(found)} recordings; {NEEDED}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if not done.exists():  # else another process made it while this one waited
+                return _prepare(listed, found, folder, settings, workers)
+    report = json.loads(done.read_text())
+    _check_same(folder, report, settings)
+    return report
 
-    folder.mkdir(parents=True, exist_ok=True)
+
+@contextlib.contextmanager
+def _alone(folder):
+    """Waits until no other process prepares the folder."""
+    with open(folder / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("%s: another process prepares it, waiting for its end", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # falls with that process, however it ends
+        yield
+
+
+def _prepare(listed, found, folder, settings, workers):
+    sources, stride, seed = settings["sources"], settings["stride"], settings["seed"]
+    settings = settings | {"fingerprint": _fingerprint(listed)}
     skipped, rows, offset = Counter(), [], 0
-    results = in_order(_process, ((path, stride, rules) for path, _ in found), workers)
+    number = _count(listed)
+    if number > len(found):
+        skipped["listed twice"] = number - len(found)
+    results = in_order(_process, ((path, stride, settings["rules"]) for path in found), workers)
     with open(folder / "features.f16.part", "wb") as out:
-        for (path, speaker), (reason, mels) in zip(found, results, strict=True):
+        for (path, speaker), (reason, mels) in zip(found.items(), results, strict=True):
             if reason:
                 skipped[reason] += 1
                 logger.warning("skipped (%s): %s", reason, path)
@@ -216,7 +304,7 @@ def prepare_speech(
         raise ValueError(f"sources={sources}: {usable}; {NEEDED}")
     os.replace(folder / "features.f16.part", folder / "features.f16")
 
-    valid = _hold_out(rows, valid_seconds * 100 / stride, seed)
+    valid = _hold_out(rows, settings["valid_seconds"] * 100 / stride, seed)
     parts = {
         "train": [row for row in rows if row not in valid],
         "valid": [row for row in rows if row in valid],
@@ -225,11 +313,14 @@ def prepare_speech(
     for name, part in parts.items():
         _write_csv(folder / f"{name}.csv", part, stride)
     if skipped:
-        logger.warning("skipped %d of %d: %s", sum(skipped.values()), len(found), dict(skipped))
+        logger.warning("skipped %d of %d: %s", sum(skipped.values()), number, dict(skipped))
     logger.info("%.2f hours to train on, %.2f held out", hours["train"], hours["valid"])
     report = {"settings": settings, "files": len(rows), "skipped": dict(skipped)}
-    report |= {"hours": hours, "valid_speakers": len({row[1] for row in valid})}
-    write_atomically(done, json.dumps(report, indent=1))
+    speakers = {name: {row[1] for row in part} for name, part in parts.items()}
+    shared = speakers["train"] & speakers["valid"]
+    report |= {"hours": hours, "valid_speakers": len(speakers["valid"])}
+    report["held_out"] = "recordings" if shared else "speakers"
+    write_atomically(folder / "prepared.json", json.dumps(report, indent=1))
     return report
 
 
@@ -243,22 +334,23 @@ def _check_same(folder, report, settings):
                 f"{remedy}"
             )
     try:
-        found = _find_all(settings["sources"])
+        listed = _list_all(settings["sources"])
     except FileNotFoundError as error:  # the recordings themselves are no longer needed
         logger.warning("%s; %s holds what was prepared from it", error, folder)
         return
+    number = _count(listed)
     before, known = report["files"] + sum(report["skipped"].values()), report["settings"]
     if "fingerprint" not in known:  # by an earlier version of this recipe
         logger.warning(
             "%s was prepared from %d files and does not tell which; there are %d now, and what is "
             "new among them is not used",
-            *(folder, before, len(found)),
+            *(folder, before, number),
         )
-    elif len(found) != before:
+    elif number != before:
         raise ValueError(
-            f"{folder} was prepared from {before} files, now there are {len(found)}: {remedy}"
+            f"{folder} was prepared from {before} files, now there are {number}: {remedy}"
         )
-    elif known["fingerprint"] != _fingerprint(found):
+    elif known["fingerprint"] != _fingerprint(listed):
         raise ValueError(
             f"{folder} was prepared from {before} files, of which some have now another name, "
             f"size or speaker, or were missing then or are now: {remedy}"

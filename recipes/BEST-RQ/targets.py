@@ -6,12 +6,13 @@ Hsu et al., arXiv 2106.07447.
 
 import functools
 import math
+import os
 
 import numpy as np
 import torch
 from scipy.fft import dct
 from speechbrain.nnet.quantisers import RandomProjectionQuantizer
-from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
+from transformers import AutoConfig, Wav2Vec2BertModel
 from worker_pool import in_order
 
 BLOCK = 20000  # frames at a time: bounds the memory of distances, cepstra and features
@@ -222,6 +223,26 @@ def random_projection(features, codebooks, codes, width=16, seed=0):
     return found
 
 
+def encoder_config(folder, key):
+    """Configuration of an encoder that the setting `key` names; ValueError for another model."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "wav2vec2-bert":
+        raise ValueError(f"{key}={folder}: expected a wav2vec2-bert, it is a {config.model_type}")
+    return config
+
+
+def check_teacher(teacher, layers, width):
+    """Refuses an encoder without these layers, or that does not read `width` values a frame."""
+    if not teacher:
+        raise ValueError("teacher: for clusters of states, expected the folder of an encoder")
+    config = encoder_config(teacher, "teacher")
+    blocks, reads = config.num_hidden_layers, config.feature_projection_input_dim
+    if not all(isinstance(layer, int) and 1 <= layer <= blocks for layer in layers):
+        raise ValueError(f"teacher_layers={layers}: {teacher} has 1 to {blocks}")
+    if reads != width:
+        raise ValueError(f"teacher={teacher}: reads {reads} values a frame, expected {width}")
+
+
 def states_of(teacher, features, bounds, layers, path, max_frames, workers=2):
     """States of some layers for all utterances, in a file that worker processes fill.
 
@@ -250,11 +271,9 @@ def states_of(teacher, features, bounds, layers, path, max_frames, workers=2):
     np.memmap
         The file's content.
     """
-    config = Wav2Vec2BertConfig.from_pretrained(teacher)
-    if not all(1 <= layer <= config.num_hidden_layers for layer in layers):
-        raise ValueError(f"teacher_layers={layers}: {teacher} has {config.num_hidden_layers}")
-    shape = len(layers), len(features), config.hidden_size
-    states = np.memmap(path, np.float16, mode="w+", shape=shape)
+    shape = len(layers), len(features), encoder_config(teacher, "teacher").hidden_size
+    _allocate(path, 2 * math.prod(shape))
+    states = np.memmap(path, np.float16, mode="r+", shape=shape)
     batches = [[]]
     for piece in sorted(cut_evenly(bounds, max_frames), key=lambda piece: piece[1]):
         if batches[-1] and piece[1] * (len(batches[-1]) + 1) > BLOCK // 10:
@@ -265,6 +284,17 @@ def states_of(teacher, features, bounds, layers, path, max_frames, workers=2):
     for _ in in_order(functools.partial(_keep_states, load), batches, workers):
         pass
     return states
+
+
+def _allocate(path, size):
+    """A file with its place on the disk: one that is full later kills who writes to a mapping."""
+    with open(path, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            os.unlink(path)
+            what = f"{size / 1e9:.1f} GB for the teacher's states ({error.strerror})"
+            raise OSError(error.errno, what, str(path)) from None
 
 
 @functools.lru_cache(maxsize=1)  # once per process

@@ -29,6 +29,7 @@ from speechbrain.utils.distributed import if_main_process, main_process_only, ru
 
 from hff_modules.cli import run
 from hff_modules.config import load_config
+from hff_modules.files import write_atomically
 
 RECIPE = Path(__file__).resolve().parent
 logger = logging.getLogger("pretrain")
@@ -148,16 +149,24 @@ class Pretraining(sb.Brain):
 
 def check_settings(path, settings, may_change):
     """A run that is continued has the settings it began with, apart from those that may change."""
-    if path.exists() and path.with_name("targets.json").exists():  # else nothing was done
-        before = json.loads(path.read_text())
-        # What `prepare` holds are values of other keys, some of which may change.
-        for key in sorted((before.keys() | settings.keys()) - {"prepare", *may_change}):
+    done = path.with_name("targets.json").exists() or any(path.parent.glob("save/CKPT*"))
+    if path.exists() and done:  # else there is nothing to lose
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): remove it if all settings are those that the run "
+                "began with, or give another --output_folder"
+            ) from None
+        # What `prepare` holds are values of other keys, some of which may change. Keys that a run
+        # of an earlier version does not have are not compared.
+        for key in sorted(before.keys() - {"prepare", *may_change}):
             if before.get(key) != settings.get(key):
                 raise ValueError(
                     f"{path.parent} holds a run with {key}={before.get(key)!r}, now it is "
                     f"{settings.get(key)!r}: give it back, or another --output_folder"
                 )
-    path.write_text(json.dumps(settings, indent=1))
+    write_atomically(path, json.dumps(settings, indent=1))
 
 
 def main(argv):
@@ -165,16 +174,32 @@ def main(argv):
     hparams, run_opts = load_config(argv, RECIPE / "hparams" / "best_rq.yaml")
     torch.set_flush_denormal(True)
     hparams["sources"] = as_list(hparams["sources"])
-    views_and_layers(hparams)  # what cannot work is refused before hours of preparation
+    folder = Path(hparams["output_folder"])
+    # What cannot work is refused before hours of preparation, as is an `init` below.
+    if not (folder / "targets.json").exists():  # else the teacher is no longer needed
+        views_and_layers(hparams)
+    if hparams["max_frames"] < hparams["mask"]["frames"]:
+        raise ValueError(
+            f"max_frames={hparams['max_frames']}: expected no less than those of mask="
+            f"{dict(hparams['mask'])}"
+        )
     plain = (str, int, float, bool, list, dict, type(None))
     settings = {k: v for k, v in hparams.items() if isinstance(v, plain) and k != "config"}
     settings = json.loads(json.dumps(settings))
-    folder = Path(hparams["output_folder"])
     folder.mkdir(parents=True, exist_ok=True)
     run_on_main(check_settings, [folder / "settings.json", settings, hparams["may_change"]])
+    torch.manual_seed(hparams["seed"])
+    pretrainer = Pretrainer(
+        hparams["encoder"],
+        hparams["codebooks"],
+        hparams["codes"],
+        hparams["init"],
+        hparams["local_attention"],
+    )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     run_on_main(prepare_speech, kwargs=hparams["prepare"])
     run_on_main(make_codes, [hparams])
+    torch.manual_seed(hparams["seed"])  # preparation draws numbers, too, if it is not done yet
 
     prepared = Path(hparams["prepared_folder"])
     hparams["prepared"] = json.loads((prepared / "prepared.json").read_text())
@@ -190,14 +215,6 @@ def main(argv):
         "train": {"batch_sampler": sampler(segments["train"], hparams["batch_frames"], hparams)},
         "valid": {"batch_sampler": sampler(segments["valid"], hparams["batch_frames"])},
     }
-    torch.manual_seed(hparams["seed"])
-    pretrainer = Pretrainer(
-        hparams["encoder"],
-        hparams["codebooks"],
-        hparams["codes"],
-        hparams["init"],
-        hparams["local_attention"],
-    )
     progress = Progress()
     brain = Pretraining(
         {"pretrainer": pretrainer},

@@ -1,6 +1,8 @@
 """Work for several processes: results in order, bounded memory, no endless wait for a dead one."""
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -35,7 +37,7 @@ def in_order(function, jobs, workers):
         yield from map(function, jobs)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, context, _begin) as pool:
         waiting = deque()
         try:
             for job in jobs:
@@ -48,3 +50,14 @@ def in_order(function, jobs, workers):
             raise OSError(
                 "a worker process was killed (out of memory?); try fewer --workers"
             ) from None
+
+
+def _begin():
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    # A parent that is killed closes no pool: its workers would wait for jobs for ever.
+    multiprocessing.parent_process().join()
+    os._exit(1)
