@@ -12,7 +12,8 @@ from typing import Any
 
 from speechbrain.utils.distributed import if_main_process
 
-from hff_modules.config import DEBUG, given, separated
+from hff_modules.cli import given, separated
+from hff_modules.config import DEBUG
 from hff_modules.files import write_atomically
 
 Job = Callable[[list[str]], tuple[Path, dict[str, Any]]]

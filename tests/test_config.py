@@ -2,14 +2,8 @@ import pytest
 import torch
 
 from hff_modules import cli, config
-from hff_modules.config import (
-    METHODS,
-    given,
-    load_config,
-    merge_files,
-    separated,
-    without_wait,
-)
+from hff_modules.cli import given, separated, without_wait
+from hff_modules.config import METHODS, load_config, merge_files
 
 
 @pytest.fixture
@@ -144,6 +138,8 @@ def test_the_method_file_comes_first_and_an_empty_text_is_one(files):
         ValueError, match="the method file first, such as hparams/fusion.yaml --few"
     ):
         separated(["--few_shot", "fusion"])
+    with pytest.raises(ValueError, match="the method file first"):
+        separated(["--language=mt", "--few_shot", "fusion"])
     folder = files(base="language: ''\n", method="m: 0\n")
     line = [str(folder / "method.yaml"), "--language", ""]
     assert load_config(line, folder / "base.yaml")[0]["language"] == ""

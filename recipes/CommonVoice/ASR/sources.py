@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hff_modules.config import given
+from hff_modules.cli import given
 from hff_modules.plan import as_argument, as_folder
 
 # What is said of the new language, and of how it is learned; the rest holds for both stages.

@@ -12,8 +12,8 @@ from sources import train_sources
 from speechbrain.utils.distributed import run_on_main
 
 from hff_modules.brains import prepared, train_ctc
-from hff_modules.cli import run
-from hff_modules.config import METHODS, given, load_config, separated, without_wait
+from hff_modules.cli import given, run, separated, without_wait
+from hff_modules.config import METHODS, load_config
 from hff_modules.data.writing import clean_text_file
 
 BASE = Path(__file__).parent / "hparams" / "commonvoice.yaml"

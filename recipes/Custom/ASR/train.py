@@ -11,8 +11,8 @@ from custom_prepare import prepare_custom
 from speechbrain.utils.distributed import run_on_main
 
 from hff_modules.brains import train_ctc
-from hff_modules.cli import run
-from hff_modules.config import METHODS, given, load_config, without_wait
+from hff_modules.cli import given, run, without_wait
+from hff_modules.config import METHODS, load_config
 from hff_modules.data.writing import clean_text_file
 
 BASE = Path(__file__).parent / "hparams" / "custom.yaml"
