@@ -73,7 +73,7 @@ def separated(argv: Sequence[str]) -> list[str]:
         line += [key, value] if equals and key.startswith("--") else [word]
     if line and line[0].startswith("--") and line[0] != "--help":
         raise ValueError(
-            f"expected the method file first, such as hparams/fusion.yaml {' '.join(line[:2])} ..."
+            f"expected the method file first, such as hparams/fusion.yaml {line[0]} ..."
         )
     return line
 
