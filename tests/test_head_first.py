@@ -121,7 +121,7 @@ def test_where_nothing_in_the_encoder_is_trained_nobody_waits(job, tmp_path):
     assert results["dev"]["wer"] == best["wer"]
 
 
-@pytest.mark.parametrize("epochs", ["2", "-1", "0.5", "two"])
+@pytest.mark.parametrize("epochs", ["2", "-1", "0.5"])
 def test_epochs_that_leave_nothing_to_train_are_refused(job, tmp_path, epochs):
     with pytest.raises(ValueError, match=r"frozen_epochs: expected a whole number below .*\(2\)"):
         job(tmp_path, "--frozen_epochs", epochs, method="tpa", count=4)
