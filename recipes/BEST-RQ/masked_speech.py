@@ -23,9 +23,7 @@ from speechbrain.utils.checkpoints import (
 )
 from torch import nn
 from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertModel
-from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert
 
-from hff_modules.families.attention import relative_key_bias
 from hff_modules.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -69,7 +67,7 @@ class Pretrainer(nn.Module):
                 f"{config.num_attention_heads} attention heads"
             )
         config._attn_implementation = "eager"
-        modeling_wav2vec2_bert._apply_relative_key_position_encoding = relative_key_scores
+        targets.with_cheap_positions()
         self.encoder = Wav2Vec2BertModel(config)
         start_as_identity(self.encoder)
         if local_attention:
@@ -125,11 +123,6 @@ class Pretrainer(nn.Module):
         ).save_pretrained(folder)
         # Last and in one step: by it a run that goes on knows that all was written.
         write_atomically(Path(folder) / "training.json", json.dumps(report, indent=1))
-
-
-def relative_key_scores(module, query, key):
-    """The query and its position scores, as Transformers' own function gives them; less work."""
-    return query, relative_key_bias(module, query, key)
 
 
 def start_as_identity(encoder):
@@ -255,12 +248,15 @@ class SpeechSegments(torch.utils.data.Dataset):
     mask : dict
         `share` of the frames that is masked, in spans of `frames`; pieces that are shorter than a
         span are left out, and their number is logged.
+    warp : float
+        Each piece of "train" is heard with frequencies times 1 - `warp` to 1 + `warp`
+        (vocal tract length perturbation, Jaitly & Hinton, 2013); its codes stay what they are.
     """
 
-    def __init__(self, prepared, part, codes, max_frames, mask):
+    def __init__(self, prepared, part, codes, max_frames, mask, warp=0.0):
         self.features, rows = load_prepared(prepared, part)
         self.codes = np.load(codes, mmap_mode="r")
-        self.part, self.mask = part, mask
+        self.part, self.mask, self.warp = part, mask, warp
         pieces = targets.cut_evenly(rows, max_frames)
         self.segments = [piece for piece in pieces if piece[1] >= mask["frames"]]
         short = len(pieces) - len(self.segments)
@@ -290,7 +286,11 @@ class SpeechSegments(torch.utils.data.Dataset):
                 random.seed(indices[0])
             for row, (start, count) in enumerate(chosen):
                 span = slice(start, start + count)
-                features[row, :count] = torch.from_numpy(self.features[span].astype(np.float32))
+                frames = self.features[span].astype(np.float32)
+                if self.part == "train" and self.warp:
+                    factor = random.uniform(1 - self.warp, 1 + self.warp)
+                    frames = targets.warped(frames, factor)
+                features[row, :count] = torch.from_numpy(frames)
                 codes[row, :count] = torch.from_numpy(self.codes[span].astype(np.int64))
                 valid[row, :count] = True
                 # One utterance at a time: SpeechBrain's mask is the same for all of a batch.

@@ -13,7 +13,10 @@ import torch
 from scipy.fft import dct
 from speechbrain.nnet.quantisers import RandomProjectionQuantizer
 from transformers import AutoConfig, Wav2Vec2BertModel
+from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert
 from worker_pool import in_order
+
+from hff_modules.families.attention import relative_key_bias
 
 BLOCK = 20000  # frames at a time: bounds the memory of distances, cepstra and features
 
@@ -201,6 +204,36 @@ def _points(views_at, frames, drawn):
     return points
 
 
+def warped(features, factor, num_mels=80, low=20.0, high=8000.0):
+    """Log-mels of a voice whose frequencies are multiplied: another length of the vocal tract.
+
+    Arguments
+    ---------
+    features : np.ndarray
+        (N, stride * num_mels), float32
+    factor : float
+        Above 1 for higher frequencies; what comes from beyond the highest filter is that filter.
+    low, high : float
+        Of the filterbank, in Hz.
+
+    Returns
+    -------
+    np.ndarray
+        (N, stride * num_mels)
+    """
+    spread = np.log1p(np.array([low, high]) / 700)
+    edges = np.linspace(*spread, num_mels + 2)
+    centres = 700 * np.expm1(edges[1:-1]) / factor
+    at = (np.log1p(centres / 700) - edges[1]) / (edges[1] - edges[0])
+    mels = features.reshape(-1, num_mels)
+    below = np.clip(np.floor(at), 0, num_mels - 2).astype(int)
+    share = np.clip(at - below, 0, 1).astype(np.float32)
+    mixing = np.zeros((num_mels, num_mels), np.float32)
+    mixing[below, np.arange(num_mels)] += 1 - share
+    mixing[below + 1, np.arange(num_mels)] += share
+    return (mels @ mixing).reshape(features.shape)
+
+
 def random_projection(features, codebooks, codes, width=16, seed=0):
     """Codes of SpeechBrain's `RandomProjectionQuantizer`, one per codebook.
 
@@ -297,8 +330,19 @@ def _allocate(path, size):
             raise OSError(error.errno, what, str(path)) from None
 
 
+def relative_key_scores(module, query, key):
+    """The query and its position scores, as Transformers' own function gives them; less work."""
+    return query, relative_key_bias(module, query, key)
+
+
+def with_cheap_positions():
+    """Has Transformers' w2v-BERT of this process take `relative_key_scores`."""
+    modeling_wav2vec2_bert._apply_relative_key_position_encoding = relative_key_scores
+
+
 @functools.lru_cache(maxsize=1)  # once per process
 def _loaded(teacher, features, features_shape, layers, path, shape):
+    with_cheap_positions()
     model = Wav2Vec2BertModel.from_pretrained(teacher, dtype=torch.float32).eval()
     del model.encoder.layers[max(layers) :]
     features = np.memmap(features, np.float16, mode="r", shape=features_shape)

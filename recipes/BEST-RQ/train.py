@@ -207,7 +207,8 @@ def main(argv):
     hparams["settings"] = settings
     segments = {
         part: SpeechSegments(
-            prepared, part, folder / "codes.npy", hparams["max_frames"], hparams["mask"]
+            *(prepared, part, folder / "codes.npy"),
+            *(hparams[key] for key in ("max_frames", "mask", "warp")),
         )
         for part in ("train", "valid")
     }
