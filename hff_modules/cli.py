@@ -161,6 +161,8 @@ def _check_kind(key: str, old: Any, value: Any, said: str) -> None:
         raise ValueError(f"--{key}: expected {expected}, got {said}")
     if isinstance(old, int | float) and isinstance(value, str):
         raise ValueError(f"--{key}: expected a number, got {said}")
+    if isinstance(old, list) and isinstance(value, int | float):
+        raise ValueError(f"--{key}: expected a list such as [{said}], got {said}")
     if isinstance(old, dict) and isinstance(value, dict) and old and key != "adapters":
         unknown = [name for name in value if name not in old]
         if unknown and not tag_of(old):  # of an object, only its class knows what it takes
@@ -186,6 +188,8 @@ def override(merged: ruamel.yaml.CommentedMap, changes: dict[str, list[str]]) ->
         if not words and not isinstance(merged[key], bool):
             raise ValueError(f"--{key}: expected a value")
         value = _value(key, words, ruamel.yaml.YAML())
+        if tag_of(merged[key]) == "!PLACEHOLDER" and isinstance(value, int | float):
+            value = " ".join(words)  # a place or a name, also if it is 2024
         _check_kind(key, merged[key], value, " ".join(words))
         nested = isinstance(merged[key], dict) and isinstance(value, dict)
         if nested and not tag_of(value):

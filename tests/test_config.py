@@ -118,6 +118,7 @@ def test_a_key_without_a_value_is_a_switch_or_refused(files):
         ("--drop no", "--drop: expected true or false, got no"),
         ("--cache false", "--cache: expected a value, or null, got false"),
         ("--size abc", "--size: expected a number, got abc"),
+        ("--weights 0.5", r"--weights: expected a list such as \[0.5\], got 0.5"),
         ("--rates {haed: 1}", "--rates has no 'haed'; it has head"),
         ("--thing {m: 5}", "a setting does not fit: .*m"),
         ("--param_file x", "--param_file: there is no such key"),
@@ -125,12 +126,18 @@ def test_a_key_without_a_value_is_a_switch_or_refused(files):
 )
 def test_a_value_of_another_kind_is_refused(files, line, message):
     thing = "!new:hff_modules.heads.LinearHead\n    input_size: 1\n    num_units: 2\n"
-    keys = f"drop: false\ncache: a\nsize: 1\nrates: {{head: 2}}\nthing: {thing}"
+    keys = f"drop: false\ncache: a\nsize: 1\nweights: [1]\nrates: {{head: 2}}\nthing: {thing}"
     folder = files(base=keys, method="m: 0\n")
     key, _, said = line.partition(" ")
     words = said.split() if key == "--device" else [said] if said else []
     with pytest.raises((ValueError, KeyError), match=message):
         load_config([str(folder / "method.yaml"), key, *words], folder / "base.yaml")
+
+
+def test_a_folder_that_is_named_like_a_number_is_a_folder(files):
+    folder = files(base="csv: !PLACEHOLDER\n", method="m: 0\n")
+    hparams, _ = load_config([str(folder / "method.yaml"), "--csv", "2024"], folder / "base.yaml")
+    assert hparams["csv"] == "2024"
 
 
 def test_the_method_file_comes_first_and_an_empty_text_is_one(files):
