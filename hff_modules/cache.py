@@ -7,8 +7,6 @@ entry cannot be read. Entries appear whole or not at all, so two runs may fill o
 that is killed leaves it valid.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -27,7 +25,7 @@ from tqdm import tqdm
 from hff_modules.data.audio import AudioError, read_audio
 from hff_modules.data.batches import by_length, padded
 from hff_modules.data.speed import change_speed
-from hff_modules.files import write_atomically
+from hff_modules.files import locked, write_atomically
 
 logger = get_logger(__name__)
 
@@ -188,13 +186,9 @@ class StateCache:
     def _absent(self, wanted: Iterable[Variant]) -> list[Variant]:
         return [variant for variant in wanted if not self._found(*variant)[0].exists()]
 
-    @contextlib.contextmanager
     def _alone(self):
         """Wait until no other process fills states of the same encoder."""
-        name = f"{self.encoder.fingerprint_up_to(0)}.lock"
-        with open(self.folder.parent / name, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # falls with the process, however it ends
-            yield
+        return locked(self.folder.parent / f"{self.encoder.fingerprint_up_to(0)}.lock")
 
     def _fill(self, wanted, batch_seconds, progress) -> dict[str, float]:
         todo = {variant: wanted[variant] for variant in self._absent(wanted)}

@@ -12,7 +12,6 @@ itself. Relative paths in options start in the recipe's folder, where the runs d
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -37,7 +36,7 @@ from hff_modules.comparison import (
     total_runs,
     trial_scores,
 )
-from hff_modules.files import write_atomically
+from hff_modules.files import locked, write_atomically
 from hff_modules.page import page
 from hff_modules.plan import Plan, PlanError, as_argument, make_plan, read_plan
 
@@ -384,12 +383,11 @@ def watch(folder: Path, seconds: float, say: Callable[[str], None] = print) -> N
 
 
 def _locked(folder: Path) -> bool:
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    try:
+        with locked(folder / ".lock", wait=False):
+            return False
+    except BlockingIOError:
+        return True
 
 
 @contextlib.contextmanager
@@ -443,11 +441,7 @@ def main(argv: Sequence[str]) -> list[dict]:
     plan.output.mkdir(parents=True, exist_ok=True)
     if not plots.available():
         print(plots.MISSING)
-    with open(plan.output / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PlanError(f"{plan.output}: a comparison is running here already") from None
+    with locked(plan.output / ".lock", wait=False) as lock:
         runner = Runner(plan, jobs, options.devices, lock.fileno(), options.limit_minutes)
         try:
             with _stoppable():

@@ -1,11 +1,15 @@
 """Writing files so that under their name there is always a whole one, the old or the new."""
 
 import contextlib
+import fcntl
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+logger = logging.getLogger(__name__)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -59,6 +63,36 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
         if isinstance(error, OSError) and error.errno and error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from error  # no space left, say
         raise
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, wait: bool = True) -> Iterator[IO]:
+    """Hold a lock as long as the block lasts; it falls with the process, however that ends.
+
+    Arguments
+    ---------
+    path : str | Path
+        The lock's file, which stays; its folder is made if it is not there.
+    wait : bool
+        Until another process that holds it is done.
+
+    Raises
+    ------
+    BlockingIOError
+        Without `wait`, if another process holds it; names the folder.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy = f"{path.parent}: another process is at work here"
+            if not wait:
+                raise BlockingIOError(busy) from None
+            logger.warning("%s; waiting for its end", busy)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
 
 
 def sync(folder: Path) -> None:

@@ -375,7 +375,7 @@ def test_after_a_kill_the_same_command_goes_on_and_meanwhile_nobody_else_may(rec
         seen.append(output(recipe, "progress.txt").read_text())
         assert time.monotonic() < deadline, seen[-1]
         time.sleep(0.5)
-    with pytest.raises(PlanError, match="a comparison is running here already"):
+    with pytest.raises(BlockingIOError, match="another process is at work here"):
         compare.main(command[3:])
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=60)

@@ -4,9 +4,7 @@ The log-mels are those that the encoder reads (`transformers.SeamlessM4TFeatureE
 once and kept in half precision: on a CPU, decoding and filter banks would be paid in every epoch.
 """
 
-import contextlib
 import csv
-import fcntl
 import hashlib
 import json
 import logging
@@ -21,7 +19,7 @@ from worker_pool import in_order
 
 from hff_modules.data.audio import read_audio
 from hff_modules.data.prepare import read_table
-from hff_modules.files import open_atomically, write_atomically
+from hff_modules.files import locked, open_atomically, write_atomically
 from hff_modules.frontend import KaldiLogMel
 from hff_modules.recordings import audio_below
 
@@ -262,24 +260,12 @@ def prepare_speech(
         if len(found) < 2:
             raise ValueError(f"sources={sources}: {len(found)} recordings; {NEEDED}")
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with locked(folder / ".lock"):
             if not done.exists():  # else another process made it while this one waited
                 return _prepare(listed, found, folder, settings, workers)
     report = json.loads(done.read_text())
     _check_same(folder, report, settings)
     return report
-
-
-@contextlib.contextmanager
-def _alone(folder):
-    """Waits until no other process prepares the folder."""
-    with open(folder / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("%s: another process prepares it, waiting for its end", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)  # falls with that process, however it ends
-        yield
 
 
 def _prepare(listed, found, folder, settings, workers):

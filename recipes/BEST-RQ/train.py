@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import speechbrain as sb
@@ -29,7 +30,7 @@ from speechbrain.utils.distributed import if_main_process, main_process_only, ru
 
 from hff_modules.cli import run
 from hff_modules.config import load_config
-from hff_modules.files import write_atomically
+from hff_modules.files import locked, write_atomically
 
 RECIPE = Path(__file__).resolve().parent
 logger = logging.getLogger("pretrain")
@@ -170,12 +171,11 @@ def check_settings(path, settings, may_change):
 
 
 def main(argv):
-    """Prepare, quantize, pretrain, export."""
+    """Refuse what cannot work before hours of preparation; then the run."""
     hparams, run_opts = load_config(argv, RECIPE / "hparams" / "best_rq.yaml")
     torch.set_flush_denormal(True)
     hparams["sources"] = as_list(hparams["sources"])
     folder = Path(hparams["output_folder"])
-    # What cannot work is refused before hours of preparation, as is an `init` below.
     if not (folder / "targets.json").exists():  # else the teacher is no longer needed
         views_and_layers(hparams)
     if hparams["max_frames"] < hparams["mask"]["frames"]:
@@ -183,12 +183,19 @@ def main(argv):
             f"max_frames={hparams['max_frames']}: expected no less than those of mask="
             f"{dict(hparams['mask'])}"
         )
+    first = int(os.environ.get("RANK", 0)) == 0
+    with locked(folder / ".lock", wait=False) if first else nullcontext():
+        pretrain(hparams, run_opts, folder)
+
+
+def pretrain(hparams, run_opts, folder):
+    """Prepare, quantize, pretrain, export."""
     plain = (str, int, float, bool, list, dict, type(None))
     settings = {k: v for k, v in hparams.items() if isinstance(v, plain) and k != "config"}
     settings = json.loads(json.dumps(settings))
-    folder.mkdir(parents=True, exist_ok=True)
     run_on_main(check_settings, [folder / "settings.json", settings, hparams["may_change"]])
     torch.manual_seed(hparams["seed"])
+    # Before the preparation, too: an `init` that does not fit is refused here.
     pretrainer = Pretrainer(
         hparams["encoder"],
         hparams["codebooks"],

@@ -116,7 +116,7 @@ def test_of_two_that_prepare_one_folder_the_second_waits(speech, tmp_path, monke
     prepare()
     second.join()
     assert len(done) == 12 and reports[0] == reports[1] and reports[0]["files"] == 12
-    assert any("another process prepares it" in m for m in caplog.messages)
+    assert any("at work here; waiting for its end" in m for m in caplog.messages)
 
 
 def test_a_voice_has_one_name_whatever_lists_it(tmp_path):

@@ -14,6 +14,7 @@ from speechbrain.utils.checkpoints import DEFAULT_SAVE_HOOKS
 from transformers import AutoModel, SeamlessM4TFeatureExtractor, Wav2Vec2BertModel
 
 from hff_modules.encoder import SSLEncoder
+from hff_modules.files import locked
 from tests import corpora
 from tests.bestrq.runs import RECIPE, arguments_for, history_of, recipe_main, tiny_config
 
@@ -65,6 +66,14 @@ def test_a_mistake_in_the_first_command_does_not_bind_the_second(speech, tmp_pat
     with pytest.raises(FileNotFoundError, match="neither a folder nor a table"):
         recipe_main()(arguments_for(speech, tmp_path, max_steps=2, sources=f"[{speech}x]"))
     recipe_main()(arguments_for(speech, tmp_path, max_steps=2))
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused(speech, tmp_path):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run" / ".lock"):
+        with pytest.raises(BlockingIOError, match="run: another process is at work here"):
+            recipe_main()(arguments_for(speech, tmp_path, max_steps=0))
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_settings_bind_as_soon_as_there_is_a_checkpoint_or_targets(tmp_path):

@@ -4,14 +4,14 @@ A folder of its own for each set of languages and options, so that many targets,
 of decoding start from the same one, also at the same time.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from hff_modules.cli import given
+from hff_modules.files import locked
 from hff_modules.plan import as_argument, as_folder
 
 # What is said of the new language, and of how it is learned; the rest holds for both stages.
@@ -65,7 +65,8 @@ def train_sources(argv: Sequence[str], train: Callable[[list[str]], object]) -> 
     name = hashlib.sha256("\n".join(line).encode()).hexdigest()[:8]
     root = Path(str(given(argv, "sources_folder") or "results/sources"))
     folder = root / as_folder("-".join(languages)) / f"{Path(line[0]).stem}-{name}"
-    with _alone(folder):
+    lock = locked(folder.parent / f".{folder.name}.lock")
+    with nullcontext() if "RANK" in os.environ else lock:  # a distributed run's processes are one
         if not (folder / "results.json").is_file():
             train([*line, "--output_folder", str(folder)])
     return folder
@@ -79,15 +80,3 @@ def _without_target(argv: Sequence[str]) -> Iterator[str]:
             values = key in (*OF_TARGET, "test_only") or key.startswith(OF_TARGET_BEGIN)
         if not values:
             yield word
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one run at a time train there; the processes of a distributed run are one run."""
-    if "RANK" in os.environ:
-        yield
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
