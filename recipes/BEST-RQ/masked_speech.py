@@ -431,7 +431,8 @@ def _cluster_codes(hparams, features, rows, views, layers):
     if layers:
         path = Path(hparams["output_folder"]) / "states.f16"
         teacher, cut, workers = (hparams[k] for k in ("teacher", "max_frames", "workers"))
-        for states in targets.states_of(teacher, features, rows, layers, path, cut, workers):
+        bf16 = hparams["precision"] == "bf16"
+        for states in targets.states_of(teacher, features, rows, layers, path, cut, workers, bf16):
             # Bound now, as the loop goes on to the next layer's states.
             codes.append(targets.cluster(lambda a, b, s=states: [s[a:b]], len(features), size))
         path.unlink()

@@ -276,7 +276,7 @@ def check_teacher(teacher, layers, width):
         raise ValueError(f"teacher={teacher}: reads {reads} values a frame, expected {width}")
 
 
-def states_of(teacher, features, bounds, layers, path, max_frames, workers=2):
+def states_of(teacher, features, bounds, layers, path, max_frames, workers=2, bf16=False):
     """States of some layers for all utterances, in a file that worker processes fill.
 
     The teacher hears utterances in the pieces in which it was trained: those of recordings of
@@ -298,6 +298,8 @@ def states_of(teacher, features, bounds, layers, path, max_frames, workers=2):
         Longer utterances are cut as by `cut_evenly`.
     workers : int
         Processes of one thread each.
+    bf16 : bool
+        The teacher computes in it.
 
     Returns
     -------
@@ -314,7 +316,7 @@ def states_of(teacher, features, bounds, layers, path, max_frames, workers=2):
         batches[-1].append(piece)
     load = (teacher, features.filename, features.shape, tuple(layers), path, shape)
     _loaded.cache_clear()  # a file of this name may be another one now
-    for _ in in_order(functools.partial(_keep_states, load), batches, workers):
+    for _ in in_order(functools.partial(_keep_states, load, bf16), batches, workers):
         pass
     return states
 
@@ -350,7 +352,7 @@ def _loaded(teacher, features, features_shape, layers, path, shape):
 
 
 @torch.inference_mode()
-def _keep_states(load, batch):
+def _keep_states(load, bf16, batch):
     model, features, layers, states = _loaded(*load)
     size = len(batch), max(count for _, count in batch), features.shape[1]
     inputs, mask = torch.zeros(size), torch.zeros(size[:2], dtype=torch.long)
@@ -358,7 +360,8 @@ def _keep_states(load, batch):
         frames = features[start : start + count].astype(np.float32)
         inputs[row, :count] = torch.from_numpy(frames)
         mask[row, :count] = 1
-    outputs = model(input_features=inputs, attention_mask=mask, output_hidden_states=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        outputs = model(input_features=inputs, attention_mask=mask, output_hidden_states=True)
     for index, layer in enumerate(layers):
         for row, (start, count) in enumerate(batch):
             state = outputs.hidden_states[layer][row, :count]

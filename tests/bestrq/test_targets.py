@@ -70,21 +70,23 @@ def test_clusters_of_a_sample_name_all_frames():
         assert targets.assign(view, centres).tolist() == codes[:, book].tolist()
 
 
-def test_teacher_states_are_those_of_each_utterance_or_piece_of_it_alone(tmp_path):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_teacher_states_are_those_of_each_utterance_or_piece_of_it_alone(tmp_path, bf16):
     model = Wav2Vec2BertModel(tiny_config(num_hidden_layers=3)).eval()
     model.save_pretrained(tmp_path)
     features = np.memmap(tmp_path / "features", np.float16, mode="w+", shape=(30, 320))
     features[:] = np.random.default_rng(0).standard_normal((30, 320))
     bounds = [(0, 20), (20, 10)]
     states = targets.states_of(
-        str(tmp_path), features, bounds, [1, 2], tmp_path / "s", max_frames=12, workers=1
+        str(tmp_path), features, bounds, [1, 2], tmp_path / "s", 12, workers=1, bf16=bf16
     )
+    close = 0.1 if bf16 else 5e-3
     for start, stop in ((0, 10), (10, 20), (20, 30)):
         with torch.no_grad():
             inputs = torch.from_numpy(features[start:stop].astype(np.float32))[None]
             alone = model(inputs, output_hidden_states=True).hidden_states
         for layer in (1, 2):
-            np.testing.assert_allclose(states[layer - 1, start:stop], alone[layer][0], atol=5e-3)
+            np.testing.assert_allclose(states[layer - 1, start:stop], alone[layer][0], atol=close)
 
 
 def test_a_disk_too_full_for_states_is_said_before_they_are_made(tmp_path, monkeypatch):
