@@ -388,12 +388,13 @@ def _write_choice(hparams, run_opts, task, train, dev, path: Path) -> None:
     about = {
         "asked": hparams["auto_layers"],
         "encoder": hparams["ssl_encoder"].frozen_manifest(),
-        "task": [task.name, task.outputs],
+        "task": [task.name, task.content],
         "probes": dict(hparams["probes"]),
         "dtype": hparams["cache_dtype"],
-        "data": [[row["wav"], row["duration"]] for row in [*train, *dev]],
+        # Where a recording lies is not what it is: data may be moved.
+        "data": [{k: v for k, v in row.items() if k != "wav"} for row in [*train, *dev]],
     }
-    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
     if path.exists():
         then = json.loads(path.read_text(encoding="utf-8"))
         if then.get("digest") != digest:

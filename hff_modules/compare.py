@@ -114,7 +114,8 @@ def why_failed(code: int, log: Path) -> str:
     if code < 0:
         name = signal.Signals(-code).name
         return f"ended by {name}" + " (out of memory?)" * (name == "SIGKILL")
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = log.read_text(errors="replace").rpartition("\n$ ")[2]  # an earlier try had its own
+    lines = [line.strip() for line in last.splitlines() if line.strip()]
     for line in reversed(lines):
         if line.startswith("error: "):
             return line.removeprefix("error: ")[:300]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hff_modules.cli import run
+from hff_modules.config import DEBUG
 
 
 def find_runs(sources: Iterable[str | Path], method: str) -> dict[str, list[dict[str, Any]]]:
@@ -49,7 +50,10 @@ def find_runs(sources: Iterable[str | Path], method: str) -> dict[str, list[dict
                 content = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"{path}: expected results as JSON ({error})") from None
-            runs += content if isinstance(content, list) else [content]
+            if isinstance(content, list):
+                runs += content
+            elif content.get("test") and not path.parent.name.endswith(DEBUG):
+                runs.append(content)  # no trial of a grid, nor a run of a few batches
     fitting = [r for r in runs if r.get("method") == method and r.get("layer_weights")]
     if not fitting:
         methods = sorted({r["method"] for r in runs if r.get("layer_weights")})

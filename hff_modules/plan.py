@@ -41,6 +41,7 @@ from hff_modules.config import find_method
 
 KEYS = ("recipe output seeds folds options score reach methods grid grid_options").split()
 ROW_KEYS = ("method label options seeds folds grid vary").split()
+OF_RUNS = ("seed", "output_folder", "test_only")  # what a comparison says to each run itself
 
 
 class PlanError(ValueError):
@@ -217,6 +218,8 @@ def make_plan(
         raise PlanError(f"plan {source}: reach: expected a score in percent, got {reach!r}")
     if any(word.split("=")[0] == "--debug" for word in extra):
         raise PlanError("--debug leaves nothing to compare; try it with a recipe's train.py")
+    grid_options = _mapping(keys, "grid_options", f"plan {source}")
+    _check_options(rows, grid_options, extra, f"plan {source}")
     folder = Path(output).resolve() if output else _output(keys, source, recipe)
     if "=" in str(folder):
         raise PlanError(f"output {folder}: SpeechBrain cannot handle paths with a '='")
@@ -224,11 +227,25 @@ def make_plan(
         recipe=recipe,
         output=folder,
         rows=tuple(rows),
-        grid_options=_mapping(keys, "grid_options", f"plan {source}"),
+        grid_options=grid_options,
         extra=tuple(extra),
         score=keys.get("score"),
         reach=reach,
     )
+
+
+def _check_options(
+    rows: Sequence[Row], grid_options: Mapping[str, Any], extra: Sequence[str], where: str
+) -> None:
+    said = {word.partition("=")[0].removeprefix("--") for word in extra if word.startswith("--")}
+    for row in rows:
+        tried = {key for settings in row.settings for key in settings}
+        for key in OF_RUNS:
+            if key in {*row.options, *grid_options, *tried, *said}:
+                hint = "; take --seeds" if key == "seed" else ""
+                raise PlanError(f"{where}: {key} is the comparison's own to say{hint}")
+        if tried & said:
+            raise PlanError(f"{where}, {row.label}: --{min(tried & said)} would undo the grid's")
 
 
 def _settings(grid: Any, where: str) -> list[dict[str, Any]]:

@@ -8,14 +8,13 @@ batches, in one pass over stored states.
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import jiwer
 import torch
 from speechbrain.decoders import ctc_greedy_decode
 from torch import nn
 
 from hff_modules.data.batches import by_length
 from hff_modules.data.loading import needed_frames
-from hff_modules.data.text import Units
+from hff_modules.data.text import Units, error_rates
 
 Batch = tuple[torch.Tensor, torch.Tensor, list]  # states (L, B, T, D), lengths (B,), rows
 
@@ -118,6 +117,7 @@ class CTCTask:
 
     def __init__(self, units: Units):
         self.units, self.outputs = units, units.size
+        self.content = list(units.vocab_list)  # what tells it from another task on the same speech
 
     def usable(self, row: Mapping, frames: int) -> bool:
         """Whether an utterance has enough frames for its targets."""
@@ -157,9 +157,7 @@ class CTCTask:
 
     def score(self, answers: Sequence[str], rows: Sequence[Mapping]) -> dict[str, float]:
         """CER and WER in percent."""
-        truth = [row["wrd"] for row in rows]
-        found = [" ".join(text.split()) for text in answers]
-        return {"cer": 100 * jiwer.cer(truth, found), "wer": 100 * jiwer.wer(truth, found)}
+        return error_rates([row["wrd"] for row in rows], answers)
 
 
 class LabelTask:
@@ -177,6 +175,7 @@ class LabelTask:
         self.labels = {slot: {name: n for n, name in enumerate(v)} for slot, v in labels.items()}
         self.sizes = [len(names) for names in self.labels.values()]
         self.outputs = sum(self.sizes)
+        self.content = self.labels
 
     def usable(self, row: Mapping, frames: int) -> bool:
         """Whether all classes of an utterance are known."""

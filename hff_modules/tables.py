@@ -333,10 +333,10 @@ def cells(runs: Sequence[dict]) -> list[list[str]]:
     ]
     if any("chosen" in run for run in known):
         columns.append(("chosen on dev", lambda row: row["chosen"] or "–"))
-    if known and "score" in known[0]:
-        chosen_by = known[0]["score"]
+    chosen_by = next((run["score"] for run in known if "score" in run), None)
+    if chosen_by:
         head = f"dev {score_title(chosen_by)}{unit(chosen_by)}"
-        columns.append((head, lambda row: _rounded(chosen_by, row["dev"])))
+        columns.append((head, lambda row: _rounded(chosen_by, row.get("dev"))))
     for name in names:
         dataset, _, score = name.rpartition(" ")
         head = f"{dataset} {score_title(score)}{unit(score)}"

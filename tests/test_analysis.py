@@ -301,6 +301,18 @@ def test_the_choice_is_made_once_for_all_seeds_and_kept_when_a_run_goes_on(
         job("first", "--seed", "1", *store, "--layers", "auto:2")
 
 
+def test_another_task_on_the_same_recordings_makes_its_own_choice(
+    classification_job,  # noqa: F811
+    tmp_path,
+):
+    store = ["--layers", "auto:1", "--cache", str(tmp_path / "store")]
+    digests = set()
+    for slots in ("[pitch]", "[length]"):
+        classification_job(tmp_path / slots, "--slots", slots, *store)
+        digests.add(json.loads((tmp_path / slots / "layers.json").read_text())["digest"])
+    assert len(digests) == 2
+
+
 def test_a_choice_without_a_cache_leaves_no_states_behind(job, tmp_path):
     results = job("run", "--layers", "auto", "--cache", "null", method="weighted_sum")
     assert (tmp_path / "run" / "layers.json").exists() and len(results["layers"]) <= 4

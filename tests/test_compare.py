@@ -267,6 +267,22 @@ def test_a_failed_run_is_a_row_with_its_reason(recipe, fault, reason):
     assert [("failed" in run) for run in runs] == [False, True]
 
 
+def test_what_would_undo_seeds_or_a_grid_is_refused(recipe):
+    for extra in (["--seed", "7"], ["--seed=7"]):
+        with pytest.raises(PlanError, match="seed is the comparison's own to say; take --seeds"):
+            carry_out(recipe, "--", *extra, methods=["a"])
+    rows = [{"method": "a", "grid": {"wait": [0, 1]}}]
+    with pytest.raises(PlanError, match="a: --wait would undo the grid's"):
+        carry_out(recipe, "--", "--wait", "2", methods=rows)
+    assert not calls(recipe)
+
+
+def test_the_reason_of_a_failure_is_that_of_the_last_try(tmp_path):
+    log = tmp_path / "output.txt"
+    log.write_text("$ run\nerror: no such folder\n$ run\nTraceback\nRuntimeError: out of memory\n")
+    assert compare.why_failed(1, log) == "RuntimeError: out of memory"
+
+
 def test_a_row_with_failed_trials_only_fails_and_one_with_a_good_one_does_not(recipe):
     grid = {"break": ["error", "signal"]}
     rows = [{"method": "a", "grid": grid}, {"method": "b", "grid": {"break": ["error", "no"]}}]
@@ -424,6 +440,8 @@ def test_rows_can_be_picked_from_a_plan(recipe):
         ({"methods": ["a"], "options": ["x"]}, "options: expected {key: value}"),
         ({"methods": ["a"], "output": "a=b"}, "cannot handle paths with a '='"),
         ({"methods": ["a"], "reach": "low"}, "reach: expected a score in percent, got 'low'"),
+        ({"methods": ["a"], "options": {"seed": 7}}, "seed is the comparison's own to say; take"),
+        ({"methods": ["a"], "grid": {"output_folder": ["x"]}}, "output_folder is the comparison's"),
     ],
 )
 def test_a_wrong_plan_is_refused_in_one_line_before_anything_runs(recipe, keys, message):

@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,14 @@ import torch
 from speechbrain.decoders.ctc import CTCBeamSearcher
 
 from hff_modules.data import text as text_module
-from hff_modules.data.text import CharUnits, SentencePieceUnits, build_units, load_units, normalize
+from hff_modules.data.text import (
+    CharUnits,
+    SentencePieceUnits,
+    build_units,
+    error_rates,
+    load_units,
+    normalize,
+)
 
 TEXTS = [
     "THE OLD FERRY CROSSES THE RIVER",
@@ -62,6 +70,12 @@ def test_composed_and_decomposed_letters_are_the_same_unit(kind, vocab_size):
     assert units.encode("E\u0301TE\u0301") == units.encode("\u00c9T\u00c9")
     assert units.decode(units.encode("E\u0301TE\u0301")) == "\u00c9T\u00c9"
     assert units.unknown == Counter()
+
+
+def test_references_are_scored_as_units_write_them():
+    decomposed = unicodedata.normalize("NFD", "ÉTÉ  À LA MER")
+    said = CharUnits.from_texts([decomposed])
+    assert error_rates([decomposed], [said.decode(said.encode(decomposed))]) == {"wer": 0, "cer": 0}
 
 
 def test_whitespace_of_any_kind_becomes_one_word_boundary():

@@ -15,7 +15,11 @@ def test_runs_are_found_in_folders_and_lists_and_sorted_by_data_set(tmp_path):
     for seed in (1, 2):
         path = tmp_path / f"results/{seed}/results.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(run(seed=seed)))
+        path.write_text(json.dumps(run(seed=seed, test={"test": {"accuracy": 50.0}})))
+    for name, test in (("1-debug", {"test": {"accuracy": 9.0}}), ("trials/lr/1", {})):
+        path = tmp_path / f"results/{name}/results.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(run(seed=1, test=test)))
     listed = [run("arabic"), run("arabic", method="fusion"), {"method": "weighted_sum"}]
     (tmp_path / "measured.json").write_text(json.dumps(listed))
     groups = find_runs([tmp_path / "results", tmp_path / "measured.json"], "weighted_sum")

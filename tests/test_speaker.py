@@ -1,4 +1,5 @@
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -87,7 +88,21 @@ class Told(SpeakerBrain):
     def __init__(self, embeddings, trials, folder):
         self.embeddings = {name: torch.tensor(e) for name, e in embeddings.items()}
         self.trials, self.test_set, self.cohort = {"dev": trials, "test": trials}, "test", None
-        self.hparams = SimpleNamespace(output_folder=str(folder))
+        self.hparams, self.debug = SimpleNamespace(output_folder=str(folder)), False
+
+
+def test_embeddings_that_are_no_numbers_are_no_perfect_score(tmp_path):
+    embeddings = {"a0": [1.0, 0.0], "a1": [math.nan, 1.0], "b0": [0.0, 1.0]}
+    brain = Told(embeddings, [Trial(True, "a0", "a1"), Trial(False, "a0", "b0")], tmp_path)
+    scores = brain.scores(sb.Stage.VALID)
+    assert math.isnan(scores["eer"]) and math.isnan(scores["min_dcf"])
+    with pytest.raises(ValueError, match="test: the best .* scores that are no numbers"):
+        brain.scores(sb.Stage.TEST)
+
+
+def test_a_debug_run_scores_the_trials_that_it_heard(job, tmp_path):
+    results = job(tmp_path, "--debug", "--batch_seconds", "0.5")
+    assert {"eer", "min_dcf"} <= results["test"]["test"].keys()
 
 
 def test_trials_are_scored_by_cosine_and_the_nearer_pair_is_taken_for_one_speaker(tmp_path):
@@ -139,6 +154,8 @@ def test_s_norm_is_what_its_definition_gives_trial_by_trial():
             sides.append((float(scores[trial]) - mean) / deviation)
         assert float(normed[trial]) == pytest.approx(sum(sides) / 2, rel=1e-4)
     assert s_norm(scores, first, second, nearest=1).isfinite().all()
+    with pytest.raises(ValueError, match="cohort_nearest: expected 1 at least, got 0"):
+        s_norm(scores, first, second, nearest=0)
 
 
 def test_the_margin_makes_the_loss_harder_and_zero_margin_is_scaled_softmax():

@@ -80,6 +80,15 @@ def test_runs_of_other_seeds_and_machines_are_added_once(tmp_path, capsys):
     assert target.read_text() == before
 
 
+def test_runs_with_and_without_a_score_on_dev_make_one_table(tmp_path):
+    gathered, compared = tmp_path / "gathered.json", tmp_path / "compared.json"
+    gathered.write_text(json.dumps([run()]))
+    compared.write_text(json.dumps([run("tpa", score="cer", dev={"cer": 38.0})]))
+    for source, target in ((gathered, compared), (compared, gathered)):
+        table = markdown(add(source, target))
+        assert "| dev CER % |" in table and "| 38.0 |" in table and table.count("| – |") == 1
+
+
 def test_a_row_is_a_mean_over_seeds_and_of_nothing_else(tmp_path):
     first, second, target = (tmp_path / name for name in ("first.json", "second.json", "all.json"))
     first.write_text(json.dumps([run(label="a", settings="1")]))

@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import os
@@ -6,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -13,8 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from speechbrain import Stage
+from speechbrain.decoders.ctc import CTCPrefixBeamSearcher
 
 from hff_modules.brains import CTCBrain, train_ctc
+from hff_modules.brains.ctc import relative_lengths
 from hff_modules.brains.head_first import HeadFirst
 from hff_modules.config import METHODS, load_config
 from hff_modules.data import CharUnits
@@ -22,6 +26,7 @@ from hff_modules.data.loading import drop_unalignable, needed_frames, read_speec
 from hff_modules.data.manifest import write_manifest
 from hff_modules.heads import BLSTMHead, DNNHead, LinearHead
 from hff_modules.masking import FeatureMasking
+from hff_modules.ngram import Fused, tokens, train_ngram
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["AB", "BA", "CAB", "AB CA", "B", "ABBA", "CC A", "BAC"]
@@ -282,6 +287,11 @@ def test_what_speechbrain_takes_as_a_run_option_is_a_setting_of_the_run(job, tmp
     assert first["settings"] == second["settings"] != other["settings"]
 
 
+def test_a_warmup_of_all_steps_is_refused(job, tmp_path):
+    with pytest.raises(ValueError, match="warmup: expected a share below 1, got 1.0"):
+        job(tmp_path, "--warmup", "1.0")
+
+
 def test_testing_without_a_checkpoint_is_refused(job, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no checkpoint in {tmp_path}"):
         job(tmp_path, "--layers", "[2, 4]", "--test_only")
@@ -352,6 +362,28 @@ def test_utterances_too_short_for_their_targets_are_dropped_by_name(job, tmp_pat
     assert "u1 (0 frames, 2 needed)" in caplog.text and "u2 (no targets)" in caplog.text
     with pytest.raises(ValueError, match="none of 4 .*first: u0"):
         drop_unalignable(dataset, units, lambda samples: samples * 0)
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "beam"])
+def test_no_search_loses_the_last_frame_of_a_shorter_utterance(decoding):
+    units = CharUnits.from_texts(["AB"])
+    brain = CTCBrain.__new__(CTCBrain)
+    brain.units, brain.searcher = units, None
+    searcher = functools.partial(CTCPrefixBeamSearcher, beam_size=10)
+    brain.hparams = SimpleNamespace(decoding=decoding, beam_searcher=searcher)
+    lm = train_ngram([tokens("AB", "char")], 2)
+    fused = Fused(lm, "char", units, 0.0, 0.0, 16)
+    for frames in range(4, 30):
+        for count in range(3, frames + 1):
+            log_probs = torch.full((2, frames, units.size), -9.0)
+            log_probs[:, :, 0] = -0.01
+            for frame, unit in ((0, "A"), (count - 1, "B")):
+                log_probs[1, frame, 0] = -9.0
+                log_probs[1, frame, units.encode(unit)[0]] = -0.01
+            lengths = torch.tensor([frames, count])
+            assert brain.decode(log_probs, lengths, Stage.TEST)[1] == "AB", (count, frames)
+            if decoding == "beam" and frames % 9 == 5:
+                assert fused(log_probs, relative_lengths(lengths, log_probs))[1] == "AB"
 
 
 def test_ctc_is_finite_with_the_needed_frames_and_infinite_with_one_less():

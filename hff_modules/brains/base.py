@@ -203,6 +203,8 @@ class SSLBrain(sb.Brain):
 
         One optimizer each, because SpeechBrain clips the gradients of the first group only.
         """
+        if not 0 <= self.hparams.warmup < 1:
+            raise ValueError(f"warmup: expected a share below 1, got {self.hparams.warmup}")
         self.optimizers_dict, self.schedules = {}, {}
         for part, parameters in trainable_parts(self.parts).items():
             lr = self.hparams.learning_rates.get(part)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jiwer
 import speechbrain as sb
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset, FilteredSortedDynamicItemDataset
@@ -35,7 +34,7 @@ from hff_modules.data.loading import (
     transcripts,
 )
 from hff_modules.data.speed import vary_speed
-from hff_modules.data.text import Units, build_units
+from hff_modules.data.text import Units, build_units, error_rates
 from hff_modules.files import write_atomically
 from hff_modules.ngram import LM_FILE, Fused, model_for, write_arpa
 from hff_modules.probes import CTCTask
@@ -97,14 +96,14 @@ class CTCBrain(SSLBrain):
             self.references += batch.wrd
             self.hypotheses += self.decode(log_probs, lengths, stage)
             if stage == sb.Stage.TEST:
-                relative = lengths.to(log_probs.device) / log_probs.shape[1]
+                relative = relative_lengths(lengths, log_probs)
                 for name, search in self.searches.items():
                     self.searched[name] += search(log_probs, relative)
         return self.mean_loss(losses.sum(), count, stage)
 
     def decode(self, log_probs, lengths, stage) -> list[str]:
         """Texts: the best path, or SpeechBrain's prefix beam search on test if asked for."""
-        relative = lengths.to(log_probs.device) / log_probs.shape[1]
+        relative = relative_lengths(lengths, log_probs)
         if stage == sb.Stage.TEST and self.hparams.decoding == "beam":
             if self.searcher is None:
                 self.searcher = self.hparams.beam_searcher(
@@ -210,18 +209,20 @@ class CTCBrain(SSLBrain):
 
 def some_of(dataset: DynamicItemDataset, minutes: float) -> DynamicItemDataset:
     """Every second, third ... utterance in the order of their IDs: no more speech than allowed."""
+    if minutes <= 0:
+        raise ValueError(f"lm_minutes: expected more than 0, got {minutes}")
     seconds = sum(float(dataset.data[name]["duration"]) for name in dataset.data_ids)
     every = max(1, math.ceil(seconds / (60 * minutes)))
     return FilteredSortedDynamicItemDataset(dataset, sorted(dataset.data_ids)[::every])
 
 
-def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
-    """WER and CER in percent."""
-    references, hypotheses = list(references), list(hypotheses)
-    return {
-        "wer": 100 * jiwer.wer(references, hypotheses),
-        "cer": 100 * jiwer.cer(references, hypotheses),
-    }
+def relative_lengths(lengths: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """Shares (batch,) of the frames of (batch, frames, units), for SpeechBrain's searches.
+
+    Some of them round and some cut off what they make of a share: a quarter of a frame more gives
+    all of them the whole utterance.
+    """
+    return ((lengths.to(log_probs.device) + 0.25) / log_probs.shape[1]).clamp(max=1.0)
 
 
 def train_ctc(

@@ -5,6 +5,7 @@ s-norm: Matejka et al., Interspeech 2017.
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,6 +106,9 @@ class SpeakerBrain(SSLBrain):
         name = self.test_set if testing else "dev"
         trials = self.trials[name]
         names = sorted({n for trial in trials for n in trial[1:]})
+        if self.debug:  # which hears a few batches, to see whether a run gets to its end
+            nothing = torch.zeros_like(next(iter(self.embeddings.values())))
+            self.embeddings = {name: self.embeddings.get(name, nothing) for name in names}
         rows = {n: row for row, n in enumerate(names)}
         embeddings = nn.functional.normalize(torch.stack([self.embeddings[n] for n in names]))
         first = torch.tensor([rows[trial.first] for trial in trials])
@@ -118,6 +122,13 @@ class SpeakerBrain(SSLBrain):
         same = torch.tensor([trial.same for trial in trials])
         scores = {}
         for suffix, values in columns.items():
+            if not values.isfinite().all():  # which SpeechBrain's EER takes for a perfect answer
+                if testing:
+                    raise ValueError(
+                        f"{name}: the best checkpoint gives scores that are no numbers"
+                    )
+                scores |= {f"eer{suffix}": math.nan, f"min_dcf{suffix}": math.nan}
+                continue
             scores[f"eer{suffix}"] = 100 * EER(values[same], values[~same])[0]
             cost = minDCF(values[same], values[~same], p_target=P_TARGET)[0]
             scores[f"min_dcf{suffix}"] = cost / P_TARGET  # 1: refusing everybody costs as much
@@ -175,6 +186,8 @@ def s_norm(
     torch.Tensor
         (trials,).
     """
+    if nearest < 1:
+        raise ValueError(f"cohort_nearest: expected 1 at least, got {nearest}")
     normed = torch.zeros_like(scores)
     for side in (first, second):
         top = side.topk(min(nearest, side.shape[1]), dim=1).values

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import jiwer
 import sentencepiece
 
 from hff_modules.files import write_atomically
@@ -36,6 +37,18 @@ def normalize(text: str) -> str:
     'ÉTÉ'
     """
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def error_rates(references: Iterable[str], hypotheses: Iterable[str]) -> dict[str, float]:
+    """WER and CER in percent, both texts as :func:`normalize` writes them.
+
+    Example
+    -------
+    >>> error_rates(["a  b"], ["a c"])
+    {'wer': 50.0, 'cer': 33.33333333333333}
+    """
+    truth, found = (list(map(normalize, texts)) for texts in (references, hypotheses))
+    return {"wer": 100 * jiwer.wer(truth, found), "cer": 100 * jiwer.cer(truth, found)}
 
 
 class _Units:
