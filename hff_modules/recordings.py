@@ -15,7 +15,7 @@ import soundfile
 import torch
 import torchaudio
 
-from hff_modules.data.audio import AudioError, audio_info
+from hff_modules.data.audio import NO_SOUND, AudioError, audio_info, is_sound
 
 logger = logging.getLogger(__name__)
 
@@ -214,8 +214,8 @@ def _mono(file: soundfile.SoundFile, path, seconds: float) -> Iterator[torch.Ten
     while len(samples := file.read(count, dtype="float32", always_2d=True)):
         read += len(samples)
         signal = torch.from_numpy(samples).mean(dim=1)
-        if not torch.isfinite(signal).all():
-            raise AudioError(f"{path}: the audio holds values that are not finite numbers")
+        if not is_sound(signal):
+            raise AudioError(f"{path}: {NO_SOUND}")
         yield signal
     if read == 0:
         raise AudioError(f"{path}: the audio file has no samples")

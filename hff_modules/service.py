@@ -25,7 +25,7 @@ import torchaudio
 
 from hff_modules import cli
 from hff_modules.batching import Batcher
-from hff_modules.data.audio import JOINED, goes_on, is_supported
+from hff_modules.data.audio import NO_SOUND, fault_in, is_sound, is_supported
 from hff_modules.export_format import TASKS, find_folder, read_manifest
 from hff_modules.frontend import SAMPLE_RATE
 from hff_modules.multitask import MultiTask
@@ -121,11 +121,11 @@ def decode(data: bytes, most_seconds: float, minimum_samples: int = 1) -> torch.
         raise Refused(422, f"not a readable audio file ({reason})") from None
     if count < 0.99 * expected:  # lossy formats only estimate their length
         raise Refused(422, f"only {count} of {expected} samples can be decoded; is it all there?")
-    if goes_on(io.BytesIO(data)):
-        raise Refused(422, f"the audio {JOINED}")
+    if fault := fault_in(io.BytesIO(data)):
+        raise Refused(422, f"the audio {fault}")
     signal = torch.from_numpy(np.concatenate(blocks)) if blocks else torch.zeros(0)
-    if not bool((signal.abs() < 2.0**31).all()):
-        raise Refused(422, "the audio holds values that are no sound (-1 to 1 is expected)")
+    if not is_sound(signal):
+        raise Refused(422, NO_SOUND)
     if rate != SAMPLE_RATE:
         signal = torchaudio.functional.resample(signal, rate, SAMPLE_RATE)
     if len(signal) < minimum_samples:

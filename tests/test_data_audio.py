@@ -20,6 +20,7 @@ from hff_modules.data.manifest import (
 )
 from hff_modules.data.prepare import read_durations
 from hff_modules.files import open_atomically
+from hff_modules.recordings import read_pieces
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +118,7 @@ def test_unusable_files_raise_an_error_that_names_them(tmp_path, read, trouble):
         read(path)
 
 
-@pytest.mark.parametrize("ending", ["flac", "mp3"])
+@pytest.mark.parametrize("ending", ["flac", "mp3", "wav", "aiff"])
 def test_a_file_cut_short_is_an_error_and_not_a_shorter_utterance(tmp_path, ending):
     noise = numpy.random.default_rng(0).uniform(-0.5, 0.5, 48000)
     path = tmp_path / f"cut.{ending}"
@@ -125,6 +126,21 @@ def test_a_file_cut_short_is_an_error_and_not_a_shorter_utterance(tmp_path, endi
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(AudioError, match=rf"cut\.{ending}"):
         read_audio(path)
+    for whole in (False, True):
+        known, (problem,) = read_durations({"a": path}, whole=whole)
+        assert not known and f"cut.{ending}" in problem
+
+
+@pytest.mark.parametrize("size", [0, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_a_wav_file_that_was_written_to_a_pipe_names_no_size(tmp_path, size):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(), 16000)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"data") + 4
+    data[place : place + 4] = size.to_bytes(4, "little")
+    path.write_bytes(data)
+    with open(path, "rb") as file:
+        assert audio.fault_in(file) is None
 
 
 @pytest.mark.parametrize("ending", ["ogg", "mp3"])
@@ -176,12 +192,13 @@ def test_damage_in_the_middle_is_found_by_decoding_all(tmp_path):
     assert not known and "a.flac" in problem
 
 
-def test_samples_that_are_not_numbers_are_an_error(tmp_path):
+@pytest.mark.parametrize("value", [numpy.nan, numpy.inf, 3e38])
+def test_samples_that_are_no_sound_are_an_error(tmp_path, value):
     signal = tone()
-    signal[100] = numpy.nan
+    signal[100] = value
     soundfile.write(tmp_path / "nan.wav", signal, 16000, subtype="FLOAT")
-    for read in (read_audio, check_all):
-        with pytest.raises(AudioError, match=r"nan\.wav.*finite"):
+    for read in (read_audio, check_all, lambda path: list(read_pieces(path))):
+        with pytest.raises(AudioError, match=r"nan\.wav.*no sound"):
             read(tmp_path / "nan.wav")
 
 

@@ -150,7 +150,7 @@ def test_a_recording_that_breaks_off_or_holds_no_numbers_is_noticed(tmp_path):
     with pytest.raises(AudioError, match="a.flac"):
         list(read_pieces(tmp_path / "a.flac", seconds=1))
     soundfile.write(tmp_path / "b.wav", numpy.full(1600, numpy.nan), 16000, subtype="FLOAT")
-    with pytest.raises(AudioError, match="b.wav: .*not finite"):
+    with pytest.raises(AudioError, match="b.wav: .*no sound"):
         list(read_pieces(tmp_path / "b.wav"))
 
 

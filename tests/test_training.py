@@ -247,15 +247,17 @@ def test_test_sets_stay_untouched_until_asked_for(job, tmp_path, monkeypatch):
     assert stored == [2, 3, 3]  # nor are their states stored
 
 
-def test_a_score_that_is_no_number_is_never_the_best(job, tmp_path, monkeypatch):
+@pytest.mark.parametrize("select_by", ["loss", "cer"])
+def test_a_score_that_is_no_number_is_never_the_best(job, tmp_path, monkeypatch, select_by):
     scores = CTCBrain.scores
 
     def diverging(brain, stage):
         late = stage == Stage.VALID and len(brain.meter.history) == 1
-        return scores(brain, stage) | ({"loss": math.nan} if late else {})
+        # What says nothing at all has an error rate of 100 %.
+        return scores(brain, stage) | ({"loss": math.nan, "cer": 0.0} if late else {})
 
     monkeypatch.setattr(CTCBrain, "scores", diverging)
-    results = job(tmp_path, "--layers", "[2, 4]", "--select_by", "loss")
+    results = job(tmp_path, "--layers", "[2, 4]", "--select_by", select_by)
     assert len(results["history"]) == 2 and math.isnan(results["history"][1]["loss"])
     assert results["dev"]["loss"] == results["history"][0]["loss"] and results["test"]
 

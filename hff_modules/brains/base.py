@@ -301,8 +301,9 @@ class SSLBrain(sb.Brain):
         meta, score = {"epoch": epoch, **scores}, scores[chosen_by]
         if self.head_first.waiting:  # not the method yet: to go on from, never to be the best
             meta = {"epoch": epoch}
-        elif not math.isfinite(score):  # SpeechBrain would take NaN for the best
-            logger.warning(f"epoch {epoch}: {chosen_by} on dev is {score}, it cannot be chosen")
+        elif not is_finite(scores, chosen_by):
+            name = chosen_by if not math.isfinite(score) else "loss"
+            logger.warning(f"epoch {epoch}: {name} on dev is {scores[name]}, it cannot be chosen")
             meta = {"epoch": epoch}
             self.hparams.epoch_counter.update_metric(math.inf)
         else:
@@ -367,7 +368,7 @@ class SSLBrain(sb.Brain):
         """Everything that ``results.json`` holds; ``dev`` is of the checkpoint that is tested."""
         history, waited = self.meter.history, self.head_first.epochs
         joined = [past for past in history if past["epoch"] > waited]
-        joined = [past for past in joined if math.isfinite(past[self.hparams.select_by])]
+        joined = [past for past in joined if is_finite(past, self.hparams.select_by)]
         # Of equals the latest, which is the checkpoint that SpeechBrain keeps.
         best = min(reversed(joined), key=lambda past: past[self.hparams.select_by], default={})
         about = ("epoch", "train_seconds", "train_loss")
@@ -418,3 +419,11 @@ class SSLBrain(sb.Brain):
             write_results(path, results)
             print(f"\n{table(results)}\n  results in {path}\n")
         return results
+
+
+def is_finite(scores: Mapping[str, float], chosen_by: str) -> bool:
+    """Whether an epoch can be chosen: SpeechBrain would take NaN for the best score.
+
+    The loss counts, too: a model whose outputs are NaN says nothing, which is a finite CER of 100 %.
+    """
+    return math.isfinite(scores[chosen_by] + scores.get("loss", 0.0))

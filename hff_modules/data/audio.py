@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import numpy
 import soundfile
 import torch
 import torchaudio
@@ -15,7 +14,8 @@ import torchaudio
 logger = logging.getLogger(__name__)
 
 JOINED = "holds several streams, of which only the first would be read; convert it to one"
-NOT_FINITE = "the audio holds values that are not finite numbers"
+NO_SOUND = "the audio holds values that are no sound (-1 to 1 is expected)"
+BREAKS_OFF = "breaks off before the end that its header names"
 # Shared memory, so that forked DataLoader workers do not each say the same again every epoch.
 _SAID = {kind: multiprocessing.RawValue("b", 0) for kind in ("channels", "rate")}
 
@@ -90,7 +90,7 @@ def check_end(path: str | os.PathLike) -> None:
     except (soundfile.SoundFileError, OSError):
         whole = False
     if not whole:
-        raise AudioError(f"{path}: breaks off before the end that its header names")
+        raise AudioError(f"{path}: {BREAKS_OFF}")
 
 
 def check_all(path: str | os.PathLike) -> None:
@@ -105,10 +105,11 @@ def check_all(path: str | os.PathLike) -> None:
     try:
         with soundfile.SoundFile(os.fspath(path)) as file:
             expected = file.frames
-            for block in file.blocks(1 << 16, dtype="float32"):
+            # Not file.blocks(): its blocks are as long as asked for, however little was decoded.
+            while len(block := file.read(1 << 16, dtype="float32")):
                 decoded += len(block)
-                if not numpy.isfinite(block).all():
-                    raise AudioError(f"{path}: {NOT_FINITE}")
+                if not is_sound(torch.from_numpy(block)):
+                    raise AudioError(f"{path}: {NO_SOUND}")
     except (soundfile.SoundFileError, OSError) as error:
         raise AudioError(f"{path}: not a readable audio file ({error})") from error
     _check_decoded(path, decoded, expected)
@@ -134,7 +135,7 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000) -> torch.Tenso
     Raises
     ------
     AudioError
-        When the file is missing, unreadable, cut short, empty or holds values that are not numbers.
+        When the file is missing, unreadable, cut short, empty or holds values that are no sound.
 
     Example
     -------
@@ -159,12 +160,17 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000) -> torch.Tenso
     if signal.shape[1] > 1:
         _say_once("channels", f"{path} has {signal.shape[1]} channels: averaged to one")
     signal = signal.mean(dim=1)
-    if not torch.isfinite(signal).all():
-        raise AudioError(f"{path}: {NOT_FINITE}")
+    if not is_sound(signal):
+        raise AudioError(f"{path}: {NO_SOUND}")
     if rate != sample_rate:
         _say_once("rate", f"{path} has {rate} Hz: resampled to {sample_rate} Hz")
         signal = torchaudio.functional.resample(signal, rate, sample_rate)
     return signal
+
+
+def is_sound(signal: torch.Tensor) -> bool:
+    """Whether all samples are numbers whose power is one, too: far from 1 it is infinite."""
+    return bool((signal.abs() < 2.0**31).all())
 
 
 def is_supported(rate: int) -> bool:
@@ -185,11 +191,41 @@ def _check_file(path: str | os.PathLike) -> None:
         raise AudioError(f"{path}: the audio file is empty (0 bytes)")
     try:
         with open(path, "rb") as file:
-            joined = goes_on(file)
+            fault = fault_in(file)
     except OSError as error:
         raise AudioError(f"{path}: cannot be read ({error.strerror})") from error
-    if joined:
-        raise AudioError(f"{path}: {JOINED}")
+    if fault:
+        raise AudioError(f"{path}: {fault}")
+
+
+def fault_in(file: BinaryIO) -> str | None:
+    """What libsndfile does not say: more audio follows than it reads, or less than there should be.
+
+    Arguments
+    ---------
+    file : BinaryIO
+        Any file, from its beginning.
+    """
+    if goes_on(file):
+        return JOINED
+    file.seek(0)
+    return BREAKS_OFF if _wav_breaks_off(file) else None
+
+
+def _wav_breaks_off(file: BinaryIO) -> bool:
+    """Whether a WAV or AIFF file holds less than the size of its samples' chunk."""
+    head = file.read(12)
+    order = {b"RIFFWAVE": "little", b"FORMAIFF": "big", b"FORMAIFC": "big"}.get(head[:4] + head[8:])
+    place, end = 12, file.seek(0, os.SEEK_END)
+    while order and place + 8 <= end:
+        file.seek(place)
+        name, size = file.read(4), int.from_bytes(file.read(4), order)
+        place += 8
+        if name in (b"data", b"SSND"):
+            # Written to a pipe, it has no size, or the largest; some writers count their header.
+            return size < 0x7FFF0000 and end - place < 0.99 * size
+        place += size + size % 2
+    return False
 
 
 def goes_on(file: BinaryIO) -> bool:
