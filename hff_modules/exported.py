@@ -16,7 +16,7 @@ from hff_modules import adapters, fusion, heads
 from hff_modules.alignment import best_path, words, written
 from hff_modules.cache import as_stored
 from hff_modules.checkpoint import CheckpointError, read_tensors
-from hff_modules.data.text import load_units
+from hff_modules.data.text import Units, load_units
 from hff_modules.encoder import SSLEncoder
 from hff_modules.export_format import (
     LABELS,
@@ -160,10 +160,26 @@ class Exported(nn.Module):
         self.fusion.to(self.device)
         self.head.to(self.device)
         if self.task == "asr":
-            self.units = load_units(self.folder / TOKENIZER)
+            self.units = self._units()
             self._written = written(self.units)
         elif self.task == "classification":
             self.labels = read_json(self.folder / LABELS)
+            here = {slot: len(names) for slot, names in self.labels.items()}
+            self._check_outputs("slots", here, self.folder / LABELS)
+
+    def _units(self) -> Units:
+        folder = self.folder / TOKENIZER
+        try:
+            units = load_units(folder)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ExportError(f"{folder} holds no units that can be read: {error}") from None
+        self._check_outputs("num_units", units.size, folder)
+        return units
+
+    def _check_outputs(self, key: str, here: Any, path: Path) -> None:
+        expected = self.manifest["head"]["arguments"].get(key, here)
+        if here != expected:
+            raise ExportError(f"{path} has {key} {here}, the head {expected}: of another model?")
 
     def _check(self, encoder: SSLEncoder) -> None:
         made_on, top = self.manifest["encoder"], max(self.layers)
@@ -457,5 +473,6 @@ def base_encoder(folder: Path, manifest: Mapping[str, Any], base: str | None) ->
         reason = str(error).strip().splitlines()[0]
         raise ExportError(
             f"{folder} was made on the encoder {describe_encoder(made_on)}, which cannot be loaded "
-            f"({reason}); give its place as `base`"
+            f"({reason}); give its place with --encoder (in Python: base=), or export again with "
+            "--pack"
         ) from None

@@ -234,7 +234,8 @@ def test_the_recipe_checks_alone_or_runs_to_its_results(tmp_path, encoder_folder
     options = ["--csv", str(path), "--head", "!name:hff_modules.heads.LinearHead"]
     argv = corpora.arguments(tmp_path / "run", encoder_folder, "weighted_sum", *options)
     assert train.main([*argv, "--check_only"]) is None
-    assert (tmp_path / "run/manifests/report.txt").is_file()
+    assert (tmp_path / "run/checked/report.txt").is_file()
+    assert not (tmp_path / "run/manifests").exists()
     assert not (tmp_path / "run/results.json").exists()
     train.main([*argv, "--few_shot", "--frozen_epochs", "0"])
     results = json.loads((tmp_path / "run/results.json").read_text())

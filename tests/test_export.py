@@ -353,6 +353,9 @@ def test_an_existing_folder_is_replaced_only_when_asked(trained, tmp_path, monke
         ("trained.safetensors", None, "has no trained.safetensors"),
         ("trained.safetensors", lambda text: "no tensors", "cannot be read"),
         ("tokenizer/units.json", None, "units.json"),
+        ("tokenizer/units.json", lambda text: text[: len(text) // 2], "tokenizer holds no units"),
+        ("tokenizer/units.json", lambda text: "[]", "tokenizer holds no units"),
+        ("tokenizer/units.json", lambda text: text.replace('"A"', '"A", "X"'), "of another model"),
     ],
 )
 def test_damaged_models_are_refused_by_file(trained, tmp_path, file, change, message):

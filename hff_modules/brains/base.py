@@ -424,6 +424,6 @@ class SSLBrain(sb.Brain):
 def is_finite(scores: Mapping[str, float], chosen_by: str) -> bool:
     """Whether an epoch can be chosen: SpeechBrain would take NaN for the best score.
 
-    The loss counts, too: a model whose outputs are NaN says nothing, which is a finite CER of 100 %.
+    The loss counts, too: outputs that are NaN say nothing, which is a finite CER of 100 %.
     """
     return math.isfinite(scores[chosen_by] + scores.get("loss", 0.0))

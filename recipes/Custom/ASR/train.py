@@ -27,7 +27,9 @@ def main(argv: list[str]) -> dict | None:
     sb.create_experiment_directory(output_folder)
     keys = "csv language max_bad_share keep_harakat drop_shared_texts"
     options = {key: hparams[key] for key in keys.split()}
-    options |= {"save_folder": output_folder / "manifests", "whole": hparams["check_only"]}
+    # The manifests of a run that is finished stay what they are.
+    folder = output_folder / ("checked" if hparams["check_only"] else "manifests")
+    options |= {"save_folder": folder, "whole": hparams["check_only"]}
     manifests, data_root = run_on_main(prepare_custom, kwargs=options)
     if hparams["check_only"]:
         return None
