@@ -164,6 +164,8 @@ class Exported(nn.Module):
             self._written = written(self.units)
         elif self.task == "classification":
             self.labels = read_json(self.folder / LABELS)
+            if not isinstance(self.labels, dict):
+                raise ExportError(f"{self.folder / LABELS}: expected classes by slot")
             here = {slot: len(names) for slot, names in self.labels.items()}
             self._check_outputs("slots", here, self.folder / LABELS)
 

@@ -1,4 +1,4 @@
-"""Writing files so that under their name there is always a whole one, the old or the new."""
+"""A file is under its name whole, the old or the new; locks for what may not be done twice."""
 
 import contextlib
 import fcntl

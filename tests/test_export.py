@@ -421,6 +421,22 @@ def utterance_run(tmp_path_factory, encoder_folder, tones):
     return run
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([], "labels.json: expected classes by slot"),
+        ({"action": ["on"], "object": ["lamp", "heat"]}, "labels.json has slots .*another model"),
+    ],
+)
+def test_labels_that_are_not_the_models_are_refused_by_file(
+    utterance_run, tmp_path, labels, message
+):
+    export(utterance_run("classification"), tmp_path / "model")
+    (tmp_path / "model" / "labels.json").write_text(json.dumps(labels))
+    with pytest.raises(ExportError, match=message):
+        load_exported(tmp_path / "model")
+
+
 def test_speechbrain_s_own_encoder_classifier_opens_classifiers(utterance_run, tones, tmp_path):
     folder, target = utterance_run("classification"), tmp_path / "model"
     manifest = export(folder, target)

@@ -176,6 +176,8 @@ def main(argv):
     torch.set_flush_denormal(True)
     hparams["sources"] = as_list(hparams["sources"])
     folder = Path(hparams["output_folder"])
+    if not 0 <= hparams["warp"] < 1:
+        raise ValueError(f"warp={hparams['warp']}: expected 0 to below 1, such as 0.1")
     if not (folder / "targets.json").exists():  # else the teacher is no longer needed
         views_and_layers(hparams)
     if hparams["max_frames"] < hparams["mask"]["frames"]:
