@@ -5,10 +5,9 @@ python train.py hparams/fusion.yaml [--key value ...] [SpeechBrain's run options
 
 from pathlib import Path
 
-import speechbrain as sb
 from speechbrain.utils.distributed import run_on_main
 
-from hff_modules.brains import train_ctc
+from hff_modules.brains import enter_folder, train_ctc
 from hff_modules.cli import run
 from hff_modules.config import load_config
 from hff_modules.data import prepare_spoken
@@ -19,7 +18,7 @@ BASE = Path(__file__).parent / "hparams" / "base" / "spoken.yaml"
 def main(argv: list[str]) -> dict:
     """Run one job; gives what ``results.json`` holds."""
     hparams, run_opts = load_config(argv, BASE)
-    sb.create_experiment_directory(hparams["output_folder"])
+    enter_folder(hparams)
     folder = Path(hparams["data_folder"])
     run_on_main(prepare_spoken, args=[folder], kwargs=hparams["utterances"])
     return train_ctc(

@@ -28,7 +28,7 @@ from speechbrain.utils.logger import get_logger
 from hff_modules.cache import StateCache, bytes_per_frame
 from hff_modules.config import rebuilt
 from hff_modules.encoder import SSLEncoder
-from hff_modules.files import write_atomically
+from hff_modules.files import read_json, write_atomically
 from hff_modules.layers import parse_layers
 from hff_modules.measure import versions
 from hff_modules.probes import (
@@ -356,7 +356,7 @@ def choose_layers(
     parse_auto(hparams["auto_layers"])
     path = Path(hparams["output_folder"]) / CHOICE
     run_on_main(_write_choice, args=[hparams, run_opts, task, train, dev, path])
-    chosen = json.loads(path.read_text(encoding="utf-8"))
+    chosen = read_json(path)
     logger.info(f"layers: {hparams['auto_layers']}: {chosen['chosen']}; {chosen['verdict']}")
     return rebuilt(hparams, layers=chosen["chosen"]) | {"auto_layers": hparams["auto_layers"]}
 
@@ -396,7 +396,7 @@ def _write_choice(hparams, run_opts, task, train, dev, path: Path) -> None:
     }
     digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
     if path.exists():
-        then = json.loads(path.read_text(encoding="utf-8"))
+        then = read_json(path)
         if then.get("digest") != digest:
             raise ValueError(
                 f"{path} is the choice ({then.get('asked')}) of a run with other data or settings; "

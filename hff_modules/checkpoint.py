@@ -25,7 +25,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
+from speechbrain.utils.checkpoints import METAFNAME, Checkpoint, Checkpointer
 from speechbrain.utils.distributed import (
     ddp_barrier,
     get_rank,
@@ -35,7 +35,7 @@ from speechbrain.utils.distributed import (
 from speechbrain.utils.logger import get_logger
 from torch import nn
 
-from hff_modules.files import sync, write_atomically
+from hff_modules.files import parse_yaml, read_text, sync, write_atomically
 
 logger = get_logger(__name__)
 
@@ -111,6 +111,11 @@ class TrainedCheckpointer(Checkpointer):
 
     @staticmethod
     def _construct_checkpoint_objects(checkpoint_dirs):
+        for folder in checkpoint_dirs:
+            file = Path(folder) / METAFNAME
+            known = parse_yaml(read_text(file), file)
+            if not {"unixtime", "end-of-epoch"} <= known.keys():
+                raise CheckpointError(f"{file} is cut off; without {folder} the run goes on")
         found = Checkpointer._construct_checkpoint_objects(checkpoint_dirs)
         for checkpoint in found:
             files = checkpoint.path.glob("*" + TENSORS)

@@ -53,6 +53,22 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
         torch.distributed.destroy_process_group()
 
 
+def usable_device(name: str) -> str:
+    """The name of a device, if PyTorch can work on it here.
+
+    Raises
+    ------
+    ValueError
+        It cannot: there is no such GPU, say.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {name}: PyTorch has no such device here ({reason})") from None
+    return name
+
+
 def separated(argv: Sequence[str]) -> list[str]:
     """A command line on which each ``--key=value`` is two words, the method file in front.
 

@@ -12,6 +12,7 @@ itself. Relative paths in options start in the recipe's folder, where the runs d
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from hff_modules.comparison import (
     collected,
     csv_table,
     draw,
+    next_of,
     pending,
     score_of,
     total_runs,
@@ -109,6 +111,23 @@ def record(plan: Plan, run: Run) -> None:
             )
 
 
+def run_before(plan: Plan) -> Outcomes:
+    """What the rows that are not run now (``--only``) have left in their folders."""
+    outcomes: Outcomes = {}
+    for row in plan.rows:
+        while row not in plan.wanted:
+            known = len(outcomes)
+            for run in next_of(plan, row, outcomes):
+                with contextlib.suppress(PlanError):  # it was run with something else
+                    if (run.folder / RECORD).is_file():
+                        record(plan, run)
+                        results = finished(run)
+                        outcomes |= {run: results} if results else {}
+            if len(outcomes) == known:
+                break
+    return outcomes
+
+
 def why_failed(code: int, log: Path) -> str:
     """The reason why a run ended, in one line: its own message, or the signal that ended it."""
     if code < 0:
@@ -163,6 +182,7 @@ class Runner:
         self.free = self.free[:jobs]
         self.running: dict[Run, tuple[subprocess.Popen, str | None, float]] = {}
         self.outcomes: Outcomes = {}
+        self.before = run_before(plan)
         self.since = time.monotonic()
 
     def start(self, run: Run) -> None:
@@ -331,9 +351,13 @@ def _ending(plan: Plan, run: Run, runner: Runner) -> str:
     except PlanError as error:
         runner.outcomes[run] = {"failed": str(error)}
         return f"failed: {run}: {error}"
-    test = [f"{n} {s[score]:.2f}" for n, s in outcome["test"].items() if score in s]
-    said = ", ".join([f"dev {outcome['dev'][score]:.2f}", *([] if run.trial else test)])
-    return f"done: {run}: {score} {said} % after {outcome['train_seconds']:.0f} s of training"
+    parts = {"dev": outcome["dev"], **({} if run.trial else outcome["test"])}
+    said = ", ".join(
+        f"{name} {tables.score_text(score, scores[score])}{tables.unit(score)}"
+        for name, scores in parts.items()
+        if score in scores
+    )
+    return f"done: {run}: {score} {said} after {outcome['train_seconds']:.0f} s of training"
 
 
 # What it leaves
@@ -341,7 +365,8 @@ def _ending(plan: Plan, run: Run, runner: Runner) -> str:
 
 def write_report(plan: Plan, runner: Runner, finished: bool, pictures: bool = True) -> list[dict]:
     """Write ``runs.json``, tables, pictures, page and progress; gives the results of all runs."""
-    runs, folder = collected(plan, runner.outcomes), plan.output
+    outcomes = {**runner.before, **runner.outcomes}
+    runs, folder = collected(plan, outcomes), plan.output
     lines = [f"{len(runner.outcomes)} of {total_runs(plan)} runs done"]
     for run, (_, device, since) in runner.running.items():
         on = f" on {device}" if device else ""
@@ -357,7 +382,7 @@ def write_report(plan: Plan, runner: Runner, finished: bool, pictures: bool = Tr
         write_atomically(folder / "runs.json", text)
         write_atomically(folder / "table.md", table)
         write_atomically(folder / "table.csv", csv_table(runs))
-        tried = trial_scores(plan, runner.outcomes)
+        tried = trial_scores(plan, outcomes)
         write_atomically(folder / "trials.json", json.dumps(tried, indent=1) + "\n")
     drawn = draw(runs, folder, anew=pictures) if plots.available() else []
     cells = tables.cells(runs) if runs else []
@@ -423,7 +448,9 @@ def main(argv: Sequence[str]) -> list[dict]:
     parser.add_argument("--recipe", help="a recipe's train.py")
     parser.add_argument("--methods", nargs="+", help="method files")
     parser.add_argument("--seeds", nargs="*", type=int, help="instead of the plan's")
-    parser.add_argument("--only", nargs="+", metavar="LABEL", help="only these rows of the plan")
+    parser.add_argument(
+        "--only", nargs="+", metavar="LABEL", help="run only these rows of the plan"
+    )
     parser.add_argument("--output", default="", help="folder, instead of the plan's")
     parser.add_argument("--jobs", type=int, help="runs at a time; 1, or one for each device")
     parser.add_argument("--devices", nargs="+", default=[], help="such as cuda:0 cuda:1")
@@ -479,8 +506,7 @@ def _plan(options: argparse.Namespace, extra: Sequence[str]) -> Plan:
     for label in options.only:
         if label not in labels:
             raise PlanError(f"--only: there is no row {label!r}; there are {', '.join(labels)}")
-    rows = tuple(row for row in plan.rows if row.label in options.only)
-    return Plan(**{**vars(plan), "rows": rows})
+    return dataclasses.replace(plan, only=tuple(options.only))
 
 
 def _without_seeds(entry: Any) -> Any:

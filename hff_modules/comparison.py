@@ -94,20 +94,22 @@ def choose(plan: Plan, row: Row, outcomes: Outcomes) -> dict[str, Any] | None:
 
 def pending(plan: Plan, outcomes: Outcomes) -> list[Run]:
     """The runs that are next: the trials of a row, and when it is chosen among them, its seeds."""
-    runs = []
-    for row in plan.rows:
-        first = trials(plan, row)
-        if all(run in outcomes for run in first):
-            settings = choose(plan, row, outcomes)
-            first = [] if settings is None else runs_of(plan, row, settings, False)
-        runs += [run for run in first if run not in outcomes]
-    return runs
+    return [run for row in plan.wanted for run in next_of(plan, row, outcomes)]
+
+
+def next_of(plan: Plan, row: Row, outcomes: Outcomes) -> list[Run]:
+    """The runs of one row that are next."""
+    runs = trials(plan, row)
+    if all(run in outcomes for run in runs):
+        settings = choose(plan, row, outcomes)
+        runs = [] if settings is None else runs_of(plan, row, settings, False)
+    return [run for run in runs if run not in outcomes]
 
 
 def total_runs(plan: Plan) -> int:
     """How many runs the plan asks for, trials included."""
     return sum(
-        len(trials(plan, row)) + len(row.seeds) * max(len(row.folds), 1) for row in plan.rows
+        len(trials(plan, row)) + len(row.seeds) * max(len(row.folds), 1) for row in plan.wanted
     )
 
 

@@ -27,7 +27,9 @@ from hff_modules.cli import (
     override,
     separated,
     tag_of,
+    usable_device,
 )
+from hff_modules.files import parse_yaml, read_text
 
 METHODS = Path(__file__).resolve().parent.parent / "hparams"  # one file per method, for all recipes
 
@@ -79,6 +81,8 @@ def load_config(
     """
     argv = separated(argv)
     method, run_opts, _ = sb.parse_arguments(argv)
+    if run_opts.device is not None:
+        usable_device(run_opts.device)
     # Before anything is built: loggers and the like ask at once which process they are in.
     if not sb.utils.distributed.is_distributed_initialized():  # else by a run before this one
         sb.utils.distributed.ddp_init_group(run_opts)
@@ -198,11 +202,7 @@ def merge_files(path: Path, seen: tuple[Path, ...] = ()) -> ruamel.yaml.Commente
         raise ValueError(f"`extends:` goes in a circle: {chain}")
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file {path}{_available(path.parent)}")
-    own = ruamel.yaml.YAML().load(path.read_text(encoding="utf-8"))
-    if own is None:
-        own = ruamel.yaml.CommentedMap()
-    if not isinstance(own, dict):
-        raise ValueError(f"{path}: expected `key: value` lines, found {type(own).__name__}")
+    own = parse_yaml(read_text(path), path)
     parents = own.pop("extends", [])
     merged = ruamel.yaml.CommentedMap()
     for parent in parents if isinstance(parents, list) else [parents]:

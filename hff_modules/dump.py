@@ -27,14 +27,14 @@ import numpy
 import torch
 from tqdm import tqdm
 
-from hff_modules.cli import run
+from hff_modules.cli import run, usable_device
 from hff_modules.data.audio import AudioError, audio_info, read_audio
 from hff_modules.data.batches import by_length, padded
 from hff_modules.data.manifest import read_rows
 from hff_modules.encoder import SSLEncoder
 from hff_modules.export_format import MANIFEST
 from hff_modules.exported import load_exported
-from hff_modules.files import write_atomically
+from hff_modules.files import read_json, write_atomically
 from hff_modules.frontend import SAMPLE_RATE
 from hff_modules.layers import LayerSpec
 from hff_modules.recordings import (
@@ -77,7 +77,7 @@ def features_of(
         A function from waveforms (batch, samples) and relative lengths to features (batch, ...,
         frames, width) and valid frames; a description, JSON-able; the encoder.
     """
-    device = options.get("device", "cpu")
+    device = usable_device(options.get("device", "cpu"))
     if _is_exported(source):
         if layers != "all":
             raise DumpError(f"layers={layers!r}: the layers of an exported model are its own")
@@ -137,7 +137,7 @@ class Folder:
     def __init__(self, path: Path, about: dict[str, Any]):
         self.path, file = path, path / ABOUT
         if file.is_file():
-            _check_same(file, json.loads(file.read_text(encoding="utf-8")), about)
+            _check_same(file, read_json(file), about)
         elif path.is_dir() and any(path.iterdir()):
             raise DumpError(f"{path} is not empty and has no {ABOUT}; give another folder")
         write_atomically(file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")

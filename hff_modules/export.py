@@ -55,7 +55,7 @@ from hff_modules.export_format import (
 )
 from hff_modules.export_texts import COUNTS, card, hyperparams
 from hff_modules.exported import build
-from hff_modules.files import write_atomically
+from hff_modules.files import parse_yaml, read_text, write_atomically
 from hff_modules.ngram import LM_FILE
 from hff_modules.source import BUILTIN, PREPROCESSORS
 
@@ -332,9 +332,14 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read from a run's ``config.yaml`` what an export needs; loggers and the like are not made."""
     if not path.is_file():
         raise ExportError(f"{path} is missing: the run is of an older version or did not start")
-    tree = ruamel.yaml.YAML().load(resolve_references(path.read_text(encoding="utf-8")))
+    text = read_text(path)
+    parse_yaml(text, path)  # which names the file if it is damaged
+    tree = parse_yaml(resolve_references(text), path)
     keys = ("dataset", "encoder_precision", "seed", "adapters", "fusion", "head", "select_by")
     keys += ("cache", "cache_dtype")
+    absent = {"encoder_precision", "adapters", "fusion", "head", "select_by"} - tree.keys()
+    if absent:
+        raise ExportError(f"{path} has no {', '.join(sorted(absent))}; is it whole?")
     wanted = ruamel.yaml.CommentedMap({key: tree[key] for key in keys if key in tree})
     stream = io.StringIO()
     ruamel.yaml.YAML().dump(wanted, stream)

@@ -1,13 +1,16 @@
-"""A file is under its name whole, the old or the new; locks for what may not be done twice."""
+"""A file is under its name whole, the old or the new; what cannot be read is named; locks."""
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import ruamel.yaml
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,52 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
         if isinstance(error, OSError) and error.errno and error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from error  # no space left, say
         raise
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text, without the mark that some editors put in front of it.
+
+    Raises
+    ------
+    ValueError
+        It is not UTF-8; names the file.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text ({error})") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises
+    ------
+    ValueError
+        It is none; names the file.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON, or damaged ({error})") from None
+
+
+def parse_yaml(text: str, path: str | Path) -> ruamel.yaml.CommentedMap:
+    """Take `key: value` lines apart; tags such as ``!new:`` stay on their nodes.
+
+    Raises
+    ------
+    ValueError
+        They are none; names the file that they came from.
+    """
+    try:
+        found = ruamel.yaml.YAML().load(text)
+    except ruamel.yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        kind = "nothing" if found is None else type(found).__name__
+        raise ValueError(f"{path}: expected `key: value` lines, found {kind}")
+    return found
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from speechbrain.lm.ngram import BackoffNgramLM
 
 from hff_modules.cli import run
 from hff_modules.data.text import SPACE, Units, normalize
-from hff_modules.files import open_atomically
+from hff_modules.files import open_atomically, read_text
 
 KINDS = ("char", "word")
 LM_FILE = "lm.arpa"  # in the folder of a run, and of an exported model
@@ -318,7 +318,7 @@ def model_for(
     if text_file is not None and str(text_file).endswith(".arpa"):
         return load_arpa(text_file)
     if text_file is not None:
-        texts = Path(text_file).read_text(encoding="utf-8-sig").splitlines()
+        texts = read_text(text_file).splitlines()
     texts = [text for text in map(normalize, texts) if text]
     letters = sum(len(text.replace(SPACE, "")) for text in texts)
     unknown = units.count_unknown(texts)
@@ -341,10 +341,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--kind", choices=KINDS, default="char")
     parser.add_argument("--order", type=int, default=6)
     options = parser.parse_args(argv)
-    with open(options.text, encoding="utf-8-sig") as file:
-        lm = train_ngram(
-            (tokens(line, options.kind) for line in file if line.strip()), options.order
-        )
+    lines = read_text(options.text).splitlines()
+    lm = train_ngram((tokens(line, options.kind) for line in lines if line.strip()), options.order)
     write_arpa(lm, options.arpa)
     print(
         f"{options.arpa}: {sum(map(len, lm.ngrams[options.order].values()))} {options.order}-grams"

@@ -100,6 +100,8 @@ class Plan:
         By default the first of :data:`hff_modules.tables.SCORES` that the task has.
     reach : float, optional
         By default the score on dev that every row reached.
+    only : tuple[str, ...], optional
+        Labels of the rows that are run now; of the others, what was run before is reported.
     """
 
     recipe: Path
@@ -109,6 +111,12 @@ class Plan:
     extra: tuple[str, ...] = ()
     score: str | None = None
     reach: float | None = None
+    only: tuple[str, ...] | None = None
+
+    @property
+    def wanted(self) -> tuple[Row, ...]:
+        """The rows that are run now."""
+        return tuple(row for row in self.rows if self.only is None or row.label in self.only)
 
 
 def read_plan(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -381,13 +381,15 @@ def main(argv: Sequence[str]) -> None:
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=type(field.default), default=field.default)
     options = vars(parser.parse_args(argv))
+    if not 0 < options["port"] < 65536:
+        raise ValueError(f"--port {options['port']}: expected 1 to 65535")
     limits = Limits(**{field.name: options[field.name] for field in dataclasses.fields(Limits)})
     try:
         import uvicorn
     except ImportError:
         raise ValueError(_NOT_INSTALLED) from None
     models = parse_models(options["models"])
-    model = MultiTask(None, models, options["device"])
+    model = MultiTask(None, models, cli.usable_device(options["device"]))
     if model.encoder.maximum_samples is not None:
         most = min(limits.audio_seconds, model.encoder.maximum_samples / SAMPLE_RATE)
         limits = dataclasses.replace(limits, audio_seconds=most)

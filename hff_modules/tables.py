@@ -21,7 +21,7 @@ from pathlib import Path
 
 from hff_modules.cli import run as run_main
 from hff_modules.config import DEBUG
-from hff_modules.files import write_atomically
+from hff_modules.files import read_json, read_text, write_atomically
 
 SCORES = (
     *("cer", "wer", "cer_beam", "wer_beam", "cer_lm", "wer_lm"),
@@ -66,7 +66,7 @@ def collect(folder: str | Path, target: str | Path) -> list[dict]:
     """
     found = {}
     for path in sorted(Path(folder).rglob("results.json")):
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = read_json(path)
         if path.parent.name.endswith(DEBUG):
             continue
         same = json.dumps([_identity(run), run["seed"], run.get("fold")])
@@ -111,7 +111,7 @@ def add(source: str | Path, target: str | Path) -> list[dict]:
     files = [target, source] if target.is_file() else [source]
     found: dict[str, dict] = {}
     for path in files:
-        for run in json.loads(path.read_text(encoding="utf-8")):
+        for run in read_json(path):
             same = json.dumps([_identity(run), run["seed"], run.get("fold")])
             before = found.get(same, run)
             if "failed" in run:
@@ -404,7 +404,7 @@ def filled(text: str, folder: Path) -> str:
     """Give a Markdown text with every table block filled from the file that it names."""
 
     def table(match: re.Match) -> str:
-        runs = json.loads((folder / match[2]).read_text(encoding="utf-8"))
+        runs = read_json(folder / match[2])
         columns = [name.strip() for name in match[3].split("|")[1:]]
         return f"{match[1]}\n{markdown(runs, columns)}\n{match[4]}"
 
@@ -421,7 +421,7 @@ def filled(text: str, folder: Path) -> str:
 def write(path: str | Path) -> None:
     """Fill the table blocks of a Markdown file."""
     path = Path(path)
-    write_atomically(path, filled(path.read_text(encoding="utf-8"), path.parent))
+    write_atomically(path, filled(read_text(path), path.parent))
 
 
 def _layers(layers: Sequence[int]) -> str:

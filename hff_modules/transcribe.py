@@ -27,7 +27,7 @@ from speechbrain.decoders.ctc import CTCPrefixBeamSearcher
 from tqdm import tqdm
 
 from hff_modules.alignment import Word, aligned, best_path, words, written
-from hff_modules.cli import run
+from hff_modules.cli import run, usable_device
 from hff_modules.data.audio import AudioError, read_audio
 from hff_modules.data.batches import by_length, padded
 from hff_modules.data.loading import needed_frames
@@ -499,7 +499,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(argv)
     model = load_exported(
-        options.model, options.device, base=options.encoder, revision=options.revision
+        options.model,
+        usable_device(options.device),
+        base=options.encoder,
+        revision=options.revision,
     )
     failures = transcribe(
         model,

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ruamel.yaml
 import torch
 from speechbrain.utils.logger import get_logger
 
@@ -22,6 +21,7 @@ from hff_modules.checkpoint import (
     read_tensors,
 )
 from hff_modules.data.text import Units, load_units
+from hff_modules.files import parse_yaml, read_text
 
 logger = get_logger(__name__)
 
@@ -47,7 +47,9 @@ def best_checkpoint(folder: str | Path) -> Path:
         raise CheckpointError(
             f"start_from {folder}: expected the output folder of a run, with config.yaml and save/"
         )
-    chosen_by = ruamel.yaml.YAML().load(config.read_text(encoding="utf-8"))["select_by"]
+    chosen_by = parse_yaml(read_text(config), config).get("select_by")
+    if chosen_by is None:
+        raise CheckpointError(f"start_from: {config} has no select_by; is it whole?")
     found = TrainedCheckpointer(save).find_checkpoint(min_key=chosen_by)
     if found is None:
         raise CheckpointError(f"start_from {folder}: there is no checkpoint in {save}")

@@ -1,5 +1,6 @@
 import errno
 import random
+import re
 
 import numpy as np
 import pytest
@@ -197,6 +198,16 @@ def test_a_full_disk_keeps_its_error_number_through_safetensors(tmp_path, monkey
     with pytest.raises(OSError) as raised:
         checkpoint.write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
     assert raised.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("left", ["", "unixtime: 1.5\n", "end-of-epoch: [tr"])
+def test_scores_of_a_checkpoint_that_are_cut_off_are_named(encoder_folder, tmp_path, left):
+    saver = checkpointer(tmp_path, trained_model(encoder_folder))
+    saver.save_and_keep_only(meta={"wer": 1.0})
+    path = saver.find_checkpoint().path
+    (path / "CKPT.yaml").write_text(left)
+    with pytest.raises(ValueError, match=re.escape(f"{path}/CKPT.yaml")):
+        saver.find_checkpoint()
 
 
 def test_a_checkpoint_that_was_being_written_when_killed_is_ignored_and_cleared_away(

@@ -417,6 +417,14 @@ def test_methods_can_be_given_without_a_plan(recipe, tmp_path):
 def test_rows_can_be_picked_from_a_plan(recipe):
     runs = carry_out(recipe, "--only", "b", "--seeds", "7", methods=["a", {"method": "b"}])
     assert [(run["label"], run["seed"]) for run in runs] == [("b", 7)]
+    carry_out(recipe, "--only", "a", methods=["a", {"method": "b"}])
+    # What other rows have left is reported, too; not what was run with something else.
+    assert [run["label"] for run in carry_out(recipe, "--only", "b", methods=["a", "b"])] == [
+        *("a", "b")
+    ]
+    rows = [{"method": "a", "options": {"width": 3}}, "b"]
+    assert [run["label"] for run in carry_out(recipe, "--only", "b", methods=rows)] == ["b"]
+    assert len(calls(recipe)) == 3
     with pytest.raises(PlanError, match="no row 'c'; there are a, b"):
         carry_out(recipe, "--only", "c", methods=["a", "b"])
 

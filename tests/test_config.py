@@ -186,6 +186,23 @@ def test_extending_what_is_not_there_names_both_files(files):
         merge_files(folder / "base.yaml")
 
 
+@pytest.mark.parametrize("text", ["", "a: [1, 2", "- a list", "caf\xe9: 1"])
+def test_a_file_that_is_damaged_is_named(files, text):
+    folder = files(base="a: 1", method="b: 2")
+    (folder / "method.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=str(folder / "method.yaml")):
+        load_config([str(folder / "method.yaml")], folder / "base.yaml")
+
+
+def test_a_device_that_is_not_there_is_refused(files, monkeypatch):
+    folder = files(base="a: 1", method="b: 2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda:99", "toaster"):
+        line = [str(folder / "method.yaml"), "--device", device]
+        with pytest.raises(ValueError, match=f"--device {device}: PyTorch has no such device"):
+            load_config(line, folder / "base.yaml")
+
+
 def test_a_circle_of_extends_is_refused(files):
     folder = files(a="extends: b.yaml\n", b="extends: a.yaml\n")
     with pytest.raises(ValueError, match="circle.*a.yaml -> .*b.yaml -> .*a.yaml"):

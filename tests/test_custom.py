@@ -255,6 +255,11 @@ def test_other_rows_do_not_go_on_with_the_run_on_those_before(
     train.main(argv)
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["test"] == {} and results["lm"]["dev_utterances"] == 10, "no test part needed"
+    left = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in left if path.name != "log.txt"}
+    with pytest.raises(ValueError, match="holds a run with keep_harakat False"):
+        train.main([*argv, "--keep_harakat", "true"])
+    assert before == {path: path.read_bytes() for path in before}, "nothing is touched"
     write_csv(path, rows[:-1])
     with pytest.raises(ValueError, match="on other data: train had 20 utterances, now it has 19"):
         train.main(argv)

@@ -468,6 +468,11 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         main([f"asr={tmp_path / 'absent'}"])
 
 
+def test_a_port_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--port 99999: expected 1 to 65535"):
+        main([str(tmp_path), "--port", "99999"])
+
+
 def test_without_fastapi_or_uvicorn_the_extra_to_install_is_named(monkeypatch, models):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ValueError, match=r"pip install 'hff-modules\[service\]'"):

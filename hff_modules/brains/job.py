@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,28 @@ from hff_modules import adapters
 from hff_modules.brains.base import SSLBrain
 from hff_modules.config import MAY_CHANGE, changed_settings
 from hff_modules.data.loading import batches_by_length
-from hff_modules.files import write_atomically
+from hff_modules.files import parse_yaml, read_json, read_text, write_atomically
 
 # May change, too, with --test_only
 IN_TESTING = ("batch_seconds", "num_buckets", "max_batch_size", "precision", "eval_precision")
 
 
+def enter_folder(hparams: Mapping[str, Any]) -> None:
+    """Make the output folder, or go on in it.
+
+    Raises
+    ------
+    ValueError
+        It holds a run with other settings, of which nothing is changed. :func:`keep` compares
+        again, with what is known later: the data, and layers that are chosen by it.
+    """
+    later = ("layers",) if "auto_layers" in hparams else ()
+    _refuse_other_settings(hparams, (*MAY_CHANGE, *IN_TESTING, *later))
+    sb.create_experiment_directory(hparams["output_folder"])
+
+
 def prepared(hparams: Mapping[str, Any], prepare: Callable[..., Any], *args, **kwargs) -> Any:
-    """Have one process make the manifests; gives what ``prepare`` gave, to every process.
+    """Enter the output folder; one process makes the manifests. Gives what ``prepare`` gave to all.
 
     Arguments
     ---------
@@ -36,6 +50,7 @@ def prepared(hparams: Mapping[str, Any], prepare: Callable[..., Any], *args, **k
     *args, **kwargs
         What follows.
     """
+    enter_folder(hparams)
     folders = [hparams["data_folder"], Path(hparams["output_folder"]) / "manifests"]
     return run_on_main(prepare, args=[*folders, *args], kwargs=kwargs)
 
@@ -87,22 +102,9 @@ def keep(
     """
     folder = Path(hparams["output_folder"])
     found = {part: _described(dataset) for part, dataset in data.items()}
-    begun = any(folder.glob("save/CKPT*"))
-    if begun and (folder / "config.yaml").is_file():
-        old = (folder / "config.yaml").read_text(encoding="utf-8")
-        may_change = (*MAY_CHANGE, *(IN_TESTING if test_only else ()))
-        changed = [
-            f"{key} {then!s:.60} (now {now!s:.60})"
-            for key, (then, now) in changed_settings(old, hparams["config"]).items()
-            if key not in may_change
-        ]
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run with {', '.join(changed)}; choose another --output_folder, "
-                "or delete that one to start anew"
-            )
-    if begun and (folder / "data.json").is_file():
-        before = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    _refuse_other_settings(hparams, (*MAY_CHANGE, *(IN_TESTING if test_only else ())))
+    if _begun(folder) and (folder / "data.json").is_file():
+        before = read_json(folder / "data.json")
         for part in found:
             if found[part] != before.get(part, found[part]):
                 then, now = (which[part]["utterances"] for which in (before, found))
@@ -115,6 +117,29 @@ def keep(
         files |= {"config.yaml": hparams["config"], "data.json": json.dumps(found, indent=1) + "\n"}
         for name, text in files.items():
             write_atomically(folder / name, text)
+
+
+def _begun(folder: Path) -> bool:
+    return any(folder.glob("save/CKPT*"))
+
+
+def _refuse_other_settings(hparams: Mapping[str, Any], may_change: Sequence[str]) -> None:
+    folder = Path(hparams["output_folder"])
+    path = folder / "config.yaml"
+    if not (_begun(folder) and path.is_file()):
+        return
+    old = read_text(path)
+    parse_yaml(old, path)  # which names the file if it is damaged
+    changed = [
+        f"{key} {then!s:.60} (now {now!s:.60})"
+        for key, (then, now) in changed_settings(old, hparams["config"]).items()
+        if key not in may_change
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run with {', '.join(changed)}; choose another --output_folder, "
+            "or delete that one to start anew"
+        )
 
 
 def _described(dataset: DynamicItemDataset) -> dict[str, Any]:

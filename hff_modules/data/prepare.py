@@ -17,7 +17,7 @@ from speechbrain.utils.logger import get_logger
 
 from hff_modules.data.audio import AudioError, audio_info, check_all, check_end
 from hff_modules.data.manifest import summarize_manifest, write_manifest
-from hff_modules.files import write_atomically
+from hff_modules.files import read_text, write_atomically
 
 logger = get_logger(__name__)
 
@@ -130,7 +130,7 @@ def read_table(
 
 def read_lines(path: Path) -> list[str]:
     """Lines of a list that are not empty."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def read_durations(

@@ -11,7 +11,7 @@ from pathlib import Path
 import jiwer
 import sentencepiece
 
-from hff_modules.files import write_atomically
+from hff_modules.files import read_json, write_atomically
 
 BLANK = "<blank>"
 SPACE = " "
@@ -338,7 +338,7 @@ def _read_json(folder: str | os.PathLike, kinds: Sequence[str]) -> dict:
     path = Path(folder) / UNITS_FILE
     if not path.is_file():
         raise ValueError(f"{path}: no such file, so there are no units to load")
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = read_json(path)
     if saved.get("kind") not in kinds:
         raise ValueError(f"{path}: kind is {saved.get('kind')!r}, expected {' or '.join(kinds)}")
     return saved

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from hff_modules.files import write_atomically
+from hff_modules.files import read_text, write_atomically
 
 
 class Trial(NamedTuple):
@@ -95,7 +95,7 @@ def read_trials(path: str | Path, names: Collection[str], manifest: str | Path) 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such list of trials; expected `1 first second` lines")
     trials = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         fields = line.split()
         if not fields:
             continue

@@ -6,7 +6,6 @@ python train.py hparams/fusion.yaml --data_folder /data/CommonVoice --language m
 
 from pathlib import Path
 
-import speechbrain as sb
 from commonvoice_prepare import check_languages, prepare_commonvoice
 from sources import train_sources
 from speechbrain.utils.distributed import run_on_main
@@ -32,7 +31,6 @@ def main(argv: list[str]) -> dict:
         argv = [*argv, "--dataset", f"commonvoice-{'-'.join(map(str, languages))}"]
     hparams, run_opts = load_config(argv, [BASE, FEW_SHOT] if given(argv, "few_shot") else BASE)
     output_folder = Path(hparams["output_folder"])
-    sb.create_experiment_directory(output_folder)
     keys = "language max_minutes max_dev_minutes max_missing keep_harakat drop_shared_texts"
     options = {key: hparams[key] for key in keys.split()}
     manifests = prepared(hparams, prepare_commonvoice, **options)

@@ -5,7 +5,6 @@ python train.py hparams/fusion.yaml --data_folder /data/CommonVoice/fr [--key va
 
 from pathlib import Path
 
-import speechbrain as sb
 from commonvoice_speakers_prepare import prepare_commonvoice_speakers
 
 from hff_modules.brains import prepared, train_speaker
@@ -18,7 +17,6 @@ BASE = Path(__file__).parent / "hparams" / "commonvoice_speakers.yaml"
 def main(argv: list[str]) -> dict:
     """Run one job; gives what ``results.json`` holds."""
     hparams, run_opts = load_config(argv, BASE)
-    sb.create_experiment_directory(hparams["output_folder"])
     manifests, trials = prepared(hparams, prepare_commonvoice_speakers, **hparams["drawn"])
     return train_speaker(hparams, run_opts, hparams["data_folder"], manifests, trials)
 

@@ -10,7 +10,7 @@ import speechbrain as sb
 from custom_prepare import prepare_custom
 from speechbrain.utils.distributed import run_on_main
 
-from hff_modules.brains import train_ctc
+from hff_modules.brains import enter_folder, train_ctc
 from hff_modules.cli import given, run, without_wait
 from hff_modules.config import METHODS, load_config
 from hff_modules.data.writing import clean_text_file
@@ -24,15 +24,16 @@ def main(argv: list[str]) -> dict | None:
     argv = without_wait(argv)
     hparams, run_opts = load_config(argv, [BASE, FEW_SHOT] if given(argv, "few_shot") else BASE)
     output_folder = Path(hparams["output_folder"])
-    sb.create_experiment_directory(output_folder)
     keys = "csv language max_bad_share keep_harakat drop_shared_texts"
     options = {key: hparams[key] for key in keys.split()}
-    # The manifests of a run that is finished stay what they are.
-    folder = output_folder / ("checked" if hparams["check_only"] else "manifests")
-    options |= {"save_folder": folder, "whole": hparams["check_only"]}
-    manifests, data_root = run_on_main(prepare_custom, kwargs=options)
-    if hparams["check_only"]:
+    if hparams["check_only"]:  # what a run has left in the folder stays what it is
+        checked = output_folder / "checked"
+        sb.create_experiment_directory(checked)
+        run_on_main(prepare_custom, kwargs={**options, "save_folder": checked, "whole": True})
         return None
+    enter_folder(hparams)
+    options["save_folder"] = output_folder / "manifests"
+    manifests, data_root = run_on_main(prepare_custom, kwargs=options)
     train, rules = [manifests["train"]], [hparams["language"], hparams["keep_harakat"]]
     hparams["lm_text"] = run_on_main(
         clean_text_file, args=[hparams["lm_text"], output_folder / "lm_text.txt", train, *rules]

@@ -5,7 +5,6 @@ python train.py hparams/fusion.yaml --data_folder /data/IEMOCAP [--fold 1..5|all
 
 from pathlib import Path
 
-import speechbrain as sb
 from iemocap_prepare import SESSIONS, prepare_iemocap
 
 from hff_modules.brains import prepared, train_classification
@@ -19,7 +18,6 @@ BASE = Path(__file__).parent / "hparams" / "iemocap.yaml"
 def job(argv: list[str]) -> tuple[Path, dict]:
     """Run one fold; gives its folder and what ``results.json`` holds."""
     hparams, run_opts = load_config(argv, BASE)
-    sb.create_experiment_directory(hparams["output_folder"])
     manifests = prepared(hparams, prepare_iemocap, hparams["fold"])
     results = train_classification(hparams, run_opts, hparams["data_folder"], manifests)
     return Path(hparams["output_folder"]), results

@@ -6,7 +6,6 @@ torchrun --nproc_per_node=4 train.py hparams/fusion.yaml --data_folder /data/Lib
 
 from pathlib import Path
 
-import speechbrain as sb
 from librispeech_prepare import prepare_librispeech
 
 from hff_modules.brains import prepared, train_ctc
@@ -19,7 +18,6 @@ BASE = Path(__file__).parent / "hparams" / "librispeech.yaml"
 def main(argv: list[str]) -> dict:
     """Run one job; gives what ``results.json`` holds."""
     hparams, run_opts = load_config(argv, BASE)
-    sb.create_experiment_directory(hparams["output_folder"])
     train, dev, test = (hparams[f"{part}_splits"] for part in ("train", "dev", "test"))
     splits = [*train, *dev, *test]
     manifests = prepared(hparams, prepare_librispeech, splits, hparams["max_hours"])

@@ -5,7 +5,6 @@ python train.py hparams/fusion.yaml --data_folder /data/SpeechToIntent [--key va
 
 from pathlib import Path
 
-import speechbrain as sb
 from intent_prepare import prepare_intent
 
 from hff_modules.brains import prepared, train_classification
@@ -18,7 +17,6 @@ BASE = Path(__file__).parent / "hparams" / "speechtointent.yaml"
 def main(argv: list[str]) -> dict:
     """Run one job; gives what ``results.json`` holds."""
     hparams, run_opts = load_config(argv, BASE)
-    sb.create_experiment_directory(hparams["output_folder"])
     manifests = prepared(hparams, prepare_intent)
     return train_classification(hparams, run_opts, hparams["data_folder"], manifests)
 

@@ -5,7 +5,6 @@ python train.py hparams/fusion.yaml --data_folder /data/VoxCeleb1 [--key value .
 
 from pathlib import Path
 
-import speechbrain as sb
 from voxceleb_prepare import prepare_voxceleb
 
 from hff_modules.brains import prepared, train_speaker
@@ -18,7 +17,6 @@ BASE = Path(__file__).parent / "hparams" / "voxceleb.yaml"
 def main(argv: list[str]) -> dict:
     """Run one job; gives what ``results.json`` holds."""
     hparams, run_opts = load_config(argv, BASE)
-    sb.create_experiment_directory(hparams["output_folder"])
     manifests, trials = prepared(hparams, prepare_voxceleb, **hparams["drawn"])
     return train_speaker(hparams, run_opts, hparams["data_folder"], manifests, trials)
 

@@ -5,7 +5,6 @@ python train.py hparams/fusion.yaml --data_folder /data/fluent_speech_commands_d
 
 from pathlib import Path
 
-import speechbrain as sb
 from fluent_prepare import prepare_fluent
 
 from hff_modules.brains import prepared, train_classification
@@ -18,7 +17,6 @@ BASE = Path(__file__).parent / "hparams" / "fluent.yaml"
 def main(argv: list[str]) -> dict:
     """Run one job; gives what ``results.json`` holds."""
     hparams, run_opts = load_config(argv, BASE)
-    sb.create_experiment_directory(hparams["output_folder"])
     manifests = prepared(hparams, prepare_fluent)
     return train_classification(hparams, run_opts, hparams["data_folder"], manifests)
 

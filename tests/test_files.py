@@ -1,0 +1,29 @@
+import pytest
+
+from hff_modules.files import parse_yaml, read_json, read_text
+
+
+def test_texts_are_read_with_and_without_a_mark_in_front(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "a.json").write_text('{"é": 1}', encoding=encoding)
+        assert read_json(tmp_path / "a.json") == {"é": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", "{}".encode("utf-16"), b"\xe9"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=str(path)):
+        read_json(path)
+
+
+def test_a_text_of_another_encoding_is_named(tmp_path):
+    (tmp_path / "lm.txt").write_text("wie geht es", encoding="utf-16")
+    with pytest.raises(ValueError, match="lm.txt: expected UTF-8 text"):
+        read_text(tmp_path / "lm.txt")
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "a: {", "word"])
+def test_what_is_no_mapping_is_refused(text):
+    with pytest.raises(ValueError, match="here.yaml"):
+        parse_yaml(text, "here.yaml")
