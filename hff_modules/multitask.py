@@ -32,6 +32,8 @@ class MultiTask:
         Folder, or name on the Hugging Face hub, of each exported model.
     device : str
         Where to run.
+    base : str, optional
+        Another place of their encoder than the models name: hub name or folder.
 
     Raises
     ------
@@ -47,7 +49,11 @@ class MultiTask:
     """
 
     def __init__(
-        self, encoder: SSLEncoder | None, tasks: Mapping[str, str | Path], device: str = "cpu"
+        self,
+        encoder: SSLEncoder | None,
+        tasks: Mapping[str, str | Path],
+        device: str = "cpu",
+        base: str | None = None,
     ):
         wrong = [name for name in tasks if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]
         if wrong or not tasks:
@@ -58,9 +64,9 @@ class MultiTask:
         self.device = torch.device(device)
         folders = {task: find_folder(source) for task, source in tasks.items()}
         manifests = {task: read_manifest(folder) for task, folder in folders.items()}
-        given = encoder is not None
-        if not given:
-            encoder = _shared_encoder(folders, manifests)
+        given = encoder is not None or base is not None
+        if encoder is None:
+            encoder = _shared_encoder(folders, manifests, base)
         self.encoder = encoder.to(self.device).eval()
         self.tasks: dict[str, Exported] = {}
         for task, folder in folders.items():
@@ -210,7 +216,9 @@ class MultiTask:
         return {task: {n: parts[n][i] for n in layers} for i, task in enumerate(group)}
 
 
-def _shared_encoder(folders: Mapping[str, Path], manifests: Mapping[str, dict]) -> SSLEncoder:
+def _shared_encoder(
+    folders: Mapping[str, Path], manifests: Mapping[str, dict], base: str | None
+) -> SSLEncoder:
     """The encoder of the model that reads the highest layer, with the layers of all of them."""
     layers = sorted({number for manifest in manifests.values() for number in manifest["layers"]})
     highest = next(task for task in manifests if max(manifests[task]["layers"]) == layers[-1])
@@ -221,7 +229,7 @@ def _shared_encoder(folders: Mapping[str, Path], manifests: Mapping[str, dict]) 
                 f"{one!r} ({folders[one]}) was made with the encoder in {precision}, {other!r} "
                 f"({folders[other]}) in {manifest['encoder']['precision']}; give the encoder to use"
             )
-    return base_encoder(folders[highest], {**manifests[highest], "layers": layers}, None)
+    return base_encoder(folders[highest], {**manifests[highest], "layers": layers}, base)
 
 
 def _check_base(

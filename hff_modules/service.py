@@ -377,6 +377,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--encoder", help="another place of the models' encoder")
     for field in dataclasses.fields(Limits):
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=type(field.default), default=field.default)
@@ -389,7 +390,7 @@ def main(argv: Sequence[str]) -> None:
     except ImportError:
         raise ValueError(_NOT_INSTALLED) from None
     models = parse_models(options["models"])
-    model = MultiTask(None, models, cli.usable_device(options["device"]))
+    model = MultiTask(None, models, cli.usable_device(options["device"]), options["encoder"])
     if model.encoder.maximum_samples is not None:
         most = min(limits.audio_seconds, model.encoder.maximum_samples / SAMPLE_RATE)
         limits = dataclasses.replace(limits, audio_seconds=most)

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -186,6 +187,19 @@ def test_a_given_encoder_is_used_and_left_as_it_was(folders, make_encoder_folder
     model(*batch)
     assert all(torch.equal(weights[n], t) for n, t in encoder.model.state_dict().items())
     assert torch.equal(encoder(*batch)[0], before)
+
+
+def test_the_encoder_of_models_may_have_moved(make_encoder_folder, tmp_path):
+    moved = shutil.copytree(make_encoder_folder("w2v-bert-2"), tmp_path / "encoder")
+    models = {t: write_model(tmp_path / t, str(moved), **MODELS[t]) for t in ("asr", "emotion")}
+    batch = speech(*LENGTHS)
+    expected = MultiTask(None, models)(*batch)
+    place = str(moved.rename(tmp_path / "elsewhere"))
+    with pytest.raises(ExportError, match="give its place with --encoder"):
+        MultiTask(None, models)
+    assert same(MultiTask(None, models, base=place)(*batch), expected)
+    with pytest.raises(ExportError, match="asr was made on the encoder .* this is .*hubert"):
+        MultiTask(None, models, base=make_encoder_folder("hubert-base"))
 
 
 def test_an_utterance_may_have_several_adapters(make_encoder_folder):
