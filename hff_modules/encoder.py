@@ -16,7 +16,7 @@ from torch import nn
 from hff_modules.adapters.base import join_frames, select_rows
 from hff_modules.families import KeyValueHook, LayerParts
 from hff_modules.layers import LayerSpec, parse_layers
-from hff_modules.source import fingerprints, hash_tensors, load_family
+from hff_modules.source import commit_of, fingerprints, hash_tensors, load_family
 
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,8 +70,8 @@ class SSLEncoder(nn.Module):
             raise ValueError(f"precision={precision!r}: expected one of {', '.join(_PRECISIONS)}")
         self.source, self.precision = source, precision
         self.untrained = not pretrained
-        family = load_family(source, pretrained, revision, seed)
-        self.revision = getattr(family.model.config, "_commit_hash", None)
+        self.revision = commit_of(source, revision)
+        family = load_family(source, pretrained, self.revision or revision, seed)
         self.num_layers = len(family.layers)
         self.layers = parse_layers(layers, self.num_layers)
         self.top = self.layers[-1]

@@ -8,13 +8,25 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as hf_logging
+from transformers.utils.hub import extract_commit_hash
 
 from hff_modules.families import FAMILIES, Family, LogMelFamily
 
 BUILTIN = Path(__file__).parent / "pretrained" / "conformer-small"
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+def commit_of(source: str, revision: str | None) -> str | None:
+    """The commit that a hub name and a revision mean now; None for what is in a folder."""
+    if source in ("builtin", "logmel") or Path(source).is_dir() or not _on_hub(source):
+        return None
+    return extract_commit_hash(cached_file(source, "config.json", revision=revision), None)
+
+
+def _on_hub(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def load_family(source: str, pretrained: bool, revision: str | None, seed: int) -> Family:
@@ -33,7 +45,7 @@ def load_family(source: str, pretrained: bool, revision: str | None, seed: int) 
     if Path(name).is_dir():
         config = _read_json(Path(name) / "config.json")
         model_type = config.get("model_type")
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+    elif not _on_hub(name):
         raise FileNotFoundError(f"encoder {name!r}: there is no such folder")
     else:
         model_type = AutoConfig.from_pretrained(name, revision=revision).model_type
@@ -53,14 +65,29 @@ def _pretrained(name: str, revision: str | None) -> nn.Module:
             f"encoder folder {name!r} has no *.safetensors file; weights in other formats are not "
             "read, as opening them can execute code"
         )
-    with _quiet():
-        model, loading = AutoModel.from_pretrained(
-            name,
-            revision=revision,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+    safe = Path(name).is_dir() or any(
+        _cached(name, file, revision) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
+    try:
+        with _quiet():
+            model, loading = AutoModel.from_pretrained(
+                name,
+                # Of other weights, Hugging Face's converter has a branch with safetensors, which
+                # transformers looks for beside "main" alone.
+                revision=revision if safe else "main",
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except OSError as error:
+        if safe:
+            raise
+        raise FileNotFoundError(
+            f"encoder {name!r} has no safetensors, nor could Hugging Face's converter make them "
+            f"({str(error).splitlines()[0]}). If you trust its authors: AutoModel.from_pretrained("
+            f"{name!r}).save_pretrained('folder'), its preprocessor_config.json beside it, "
+            "--encoder folder"
+        ) from None
     missing = [key for key in loading["missing_keys"] if not key.endswith("masked_spec_embed")]
     if missing:
         raise ValueError(
@@ -99,11 +126,14 @@ def _preprocessor(name: str, revision: str | None) -> dict:
 def _optional(name: str, file: str, revision: str | None) -> dict | None:
     path = Path(name) / file
     if not Path(name).is_dir():
-        found = cached_file(
-            name, file, revision=revision, _raise_exceptions_for_missing_entries=False
-        )
+        found = _cached(name, file, revision)
         path = Path(found) if found else path
     return _read_json(path) if path.is_file() else None
+
+
+def _cached(name: str, file: str, revision: str | None) -> str | None:
+    """A file of a hub repository; None where that has no such file."""
+    return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
 
 
 def _read_json(path: Path) -> dict:

@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -520,3 +523,49 @@ def test_what_is_given_to_the_cnn_is_not_written_over(make_encoder_folder):
     before = wavs.clone()
     first, _ = encoder(wavs, wav_lens)
     assert torch.equal(wavs, before) and torch.equal(encoder(wavs, wav_lens)[0], first)
+
+
+# Hub names
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def cached_repository(home, folder, name="lab/tiny"):
+    """What a download leaves behind, in Hugging Face's layout."""
+    place = home / "hub" / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(COMMIT)
+    return shutil.copytree(folder, place / "snapshots" / COMMIT)
+
+
+def without_network(home, program):
+    """Run a program that has Hugging Face's cache alone; gives what it prints."""
+    env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n")
+
+
+def test_of_a_hub_name_the_commit_is_known(encoder_folder, tmp_path):
+    place = cached_repository(tmp_path, encoder_folder)
+    cached_repository(tmp_path, encoder_folder, "lab/pickled")
+    (tmp_path / "hub/models--lab--pickled/snapshots" / COMMIT / "model.safetensors").unlink()
+    found = without_network(
+        tmp_path,
+        f"""
+from hff_modules import SSLEncoder
+for source, revision in (("lab/tiny", None), ("lab/tiny", "{COMMIT}"), ("{place}", None)):
+    encoder = SSLEncoder(source, layers=[1], revision=revision)
+    print(encoder.revision, encoder.manifest()["fingerprint"])
+try:
+    SSLEncoder("lab/pickled")
+except FileNotFoundError as error:
+    print(error)
+""",
+    )
+    fingerprint = SSLEncoder(encoder_folder, layers=[1]).manifest()["fingerprint"]
+    assert found[0] == found[1] == f"{COMMIT} {fingerprint}" and found[2] == f"None {fingerprint}"
+    assert found[3].startswith("encoder 'lab/pickled' has no safetensors, nor could")
+    assert "AutoModel.from_pretrained('lab/pickled').save_pretrained('folder')" in found[3]
