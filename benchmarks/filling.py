@@ -89,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp16", "int8"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", default=None, help="JSON file; by default beside this script")
+    parser.add_argument("--output", default=None, help="JSON file; by default in results/")
     options = parser.parse_args(argv)
-    default = Path(__file__).with_name(f"filling-{options.shape}-{options.device}.json")
+    default = Path(f"results/filling-{options.shape}-{options.device}.json")
     works = ["one pass", *(f"filling, {dtype}" for dtype in options.dtypes)]
     taken: dict[str, list] = {name: [] for name in works}
     with tempfile.TemporaryDirectory() as name:

@@ -122,8 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = measure(options.one, Path(options.folder), options.batch, **settings)
         print(json.dumps(result))
         return
-    default = Path(__file__).with_name(f"inference-{options.shape}-{options.device}.json")
-    output = Path(options.output or default)
+    output = Path(options.output or f"results/inference-{options.shape}-{options.device}.json")
     about = {"shape": options.shape, **settings, "threads": torch.get_num_threads()}
     rows: dict[str, dict[str, dict]] = {str(batch): {} for batch in options.batches}
     with tempfile.TemporaryDirectory() as name:

@@ -162,8 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.one:
         print(json.dumps(measure(options.one, Path(options.folder), **settings)))
         return
-    default = Path(__file__).with_name(f"multitask-{options.shape}-{options.device}.json")
-    output = Path(options.output or default)
+    output = Path(options.output or f"results/multitask-{options.shape}-{options.device}.json")
     about = {"shape": options.shape, **settings, "threads": torch.get_num_threads()}
     rows: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as name:

@@ -420,7 +420,7 @@ def parser_for(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", nargs="*", help="names of the rows to measure, or parts of them")
-    parser.add_argument("--output", default=None, help="JSON file; by default beside this script")
+    parser.add_argument("--output", default=None, help="JSON file; by default in results/")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser
@@ -461,8 +461,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.one:
         print(json.dumps(measure(options.one, Path(options.folder), **settings)))
         return
-    default = Path(__file__).with_name(f"{options.shape}-{options.device}.json")
-    output = Path(options.output or default)
+    output = Path(options.output or f"results/{options.shape}-{options.device}.json")
     about = {"shape": options.shape, **settings, "threads": torch.get_num_threads()}
     rows: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -478,6 +477,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_results(output, {**about, "rows": rows, "versions": versions()})
     if plots.available():
         draw(rows, output.with_suffix(".png"))
+    if rows.keys() == ROWS.keys():
+        fill(output.with_name("README.md"), output.name, table(rows))
     print(f"\n{table(rows)}\n\nin {output}")
 
 
