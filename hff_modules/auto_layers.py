@@ -10,6 +10,7 @@ has gained. Probes see the pretrained encoder: adapters come later.
 
 import hashlib
 import json
+import os
 import random
 import re
 import statistics
@@ -25,7 +26,7 @@ import torch
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
-from hff_modules.cache import StateCache, bytes_per_frame
+from hff_modules.cache import AudioDigests, StateCache, bytes_per_frame
 from hff_modules.config import rebuilt
 from hff_modules.encoder import SSLEncoder
 from hff_modules.files import read_json, write_atomically
@@ -110,6 +111,10 @@ class Analysis:
         Of the stored states.
     batch_seconds : float
         When they are computed.
+    max_gigabytes : float, optional
+        As for :class:`hff_modules.cache.StateCache`.
+    speeds : Sequence[float]
+        That the training part will be stored at.
     """
 
     def __init__(
@@ -122,15 +127,19 @@ class Analysis:
         cache: str | Path,
         dtype: str = "fp16",
         batch_seconds: float = 60.0,
+        max_gigabytes: float | None = None,
+        speeds: Sequence[float] = (),
     ):
         self.encoder, self.task, self.epochs = encoder, task, settings["epochs"]
-        self.seconds = {"all of train and dev": sum(r["duration"] for r in [*train, *dev])}
+        variants = sum(1 / speed for speed in speeds) or 1.0
+        heard = variants * sum(r["duration"] for r in train) + sum(r["duration"] for r in dev)
+        self.seconds = {"all of train and dev": heard}
         parts = {
             "train": some(train, settings["train_minutes"]),
             "dev": some(dev, settings["dev_minutes"]),
         }
         self.seconds |= {part: sum(r["duration"] for r in rows) for part, rows in parts.items()}
-        store = StateCache(cache, encoder, dtype)
+        store = StateCache(cache, encoder, dtype, max_gigabytes)
         self.layers = store.layers
         rows = [row for part in parts.values() for row in part]
         store.fill([r["wav"] for r in rows], [r["duration"] for r in rows], batch_seconds)
@@ -358,12 +367,13 @@ def choose_layers(
     run_on_main(_write_choice, args=[hparams, run_opts, task, train, dev, path])
     chosen = read_json(path)
     logger.info(f"layers: {hparams['auto_layers']}: {chosen['chosen']}; {chosen['verdict']}")
+    hparams.pop("ssl_encoder")  # all of it; the caller holds on to these, and so to its memory
     return rebuilt(hparams, layers=chosen["chosen"]) | {"auto_layers": hparams["auto_layers"]}
 
 
 def _analysis(hparams, run_opts, task, train, dev, cache) -> Analysis:
     device = run_opts.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    settings = ("cache_dtype", "batch_seconds")
+    settings = ("cache_dtype", "batch_seconds", "cache_gigabytes", "speed")
     encoder = hparams["ssl_encoder"].to(device)
     if len(encoder.layers) < encoder.num_layers + 1:
         raise ValueError(f"layers={encoder.layers}: an analysis looks at all; leave out --layers")
@@ -385,14 +395,19 @@ def _write_analysis(hparams, run_opts, task, train, dev) -> None:
 
 def _write_choice(hparams, run_opts, task, train, dev, path: Path) -> None:
     """Choose, unless this run has done so, or one with the same encoder, data and settings."""
+    minutes = [hparams["probes"][f"{part}_minutes"] for part in ("train", "dev")]
+    probed = [*some(train, minutes[0]), *some(dev, minutes[1])]
+    digests = AudioDigests(Path(hparams["cache"] or os.devnull) / "audio.json")
     about = {
         "asked": hparams["auto_layers"],
         "encoder": hparams["ssl_encoder"].frozen_manifest(),
         "task": [task.name, task.content],
         "probes": dict(hparams["probes"]),
         "dtype": hparams["cache_dtype"],
+        "speed": list(hparams["speed"]),
         # Where a recording lies is not what it is: data may be moved.
         "data": [{k: v for k, v in row.items() if k != "wav"} for row in [*train, *dev]],
+        "audio": [digests.of(row["wav"]) for row in probed],
     }
     digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
     if path.exists():

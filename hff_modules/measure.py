@@ -60,6 +60,7 @@ class Meter:
         self.steps: list[float] = []
         self.audio_seconds = 0.0
         self.train_seconds = 0.0
+        self.alone_seconds = 0.0  # of them, those of fusion and head alone
         self.peak_memory_mb = 0.0
         self.epochs = 0
         self.history: list[dict[str, float]] = []  # of each epoch: time so far, scores on dev
@@ -68,6 +69,11 @@ class Meter:
         """Note one training step (forward, backward, update; without loading) and its speech."""
         self.steps.append(round(seconds, 6))
         self.audio_seconds += audio_seconds
+
+    def join(self) -> None:
+        """What is trained in the encoder joins: steps from now on are those of the method."""
+        self.steps.clear()
+        self.audio_seconds, self.alone_seconds = 0.0, self.train_seconds
 
     def reset_peak(self) -> None:
         """Forget memory peaks from before, so that training's own is measured."""
@@ -96,7 +102,8 @@ class Meter:
 
     def summary(self) -> dict[str, float | None]:
         """Give the fields of ``results.json`` that are measured in training."""
-        speed = self.audio_seconds / self.train_seconds if self.train_seconds else None
+        seconds = self.train_seconds - self.alone_seconds
+        speed = self.audio_seconds / seconds if seconds else None
         return {
             "train_seconds": round(self.train_seconds, 2),
             "step_seconds": round(statistics.median(self.steps), 5) if self.steps else None,

@@ -34,7 +34,7 @@ LARGER_IS_BETTER = ("accuracy", "unweighted_accuracy")
 ALIKE = ("task", "dataset", "method", "encoder", "layers", "horizon")
 ALIKE += ("trainable_encoder_parameters", "trainable_parameters")
 # What runs have in common where a label says that they belong together
-OF_A_ROW = ("settings", "auto_layers", "dataset", "languages", "encoder")
+OF_A_ROW = ("settings", "processes", "auto_layers", "dataset", "languages", "encoder")
 OF_A_ROW += ("layers", "trainable_parameters")
 _BLOCK = re.compile(
     r"(<!-- table: (\S+)((?: \| [^|\n]+)*) -->\n).*?(<!-- end of table -->)", re.DOTALL

@@ -1,16 +1,19 @@
+import gc
 import json
 import math
 import threading
 import time
 
+import numpy
 import pytest
 import ruamel.yaml
+import soundfile
 import torch
 
 from hff_modules import analyze, plots
 from hff_modules.auto_layers import Analysis, Limits, parse_auto, some
-from hff_modules.brains import train_ctc
-from hff_modules.cache import StateCache
+from hff_modules.brains import CTCBrain, train_ctc
+from hff_modules.cache import CacheError, StateCache
 from hff_modules.config import load_config
 from hff_modules.data.text import CharUnits
 from hff_modules.encoder import SSLEncoder
@@ -299,6 +302,45 @@ def test_the_choice_is_made_once_for_all_seeds_and_kept_when_a_run_goes_on(
     assert first["layers"] == again["layers"] == other["layers"]
     with pytest.raises(ValueError, match="auto:1.*of a run with other data or settings"):
         job("first", "--seed", "1", *store, "--layers", "auto:2")
+
+
+def test_a_noisy_copy_of_the_recordings_makes_its_own_choice(job, tmp_path):
+    store = ["--layers", "auto:1", "--cache", str(tmp_path / "store")]
+    digests = set()
+    for name in ("clean", "noise"):
+        job(name, *store)
+        digests.add(json.loads((tmp_path / name / "layers.json").read_text())["digest"])
+        for wav in tmp_path.glob("u*.wav"):
+            noise = numpy.random.default_rng(0).normal(0, 0.1, soundfile.info(wav).frames)
+            soundfile.write(wav, noise, 16000)
+    assert len(digests) == 2
+
+
+def test_budgets_on_disk_count_for_probes_and_for_every_speed(job, tmp_path):
+    store = ["--cache", str(tmp_path / "store"), "--layers"]
+    with pytest.raises(CacheError, match="cache_gigabytes|GB"):
+        job("little", *store, "auto:1", "--cache_gigabytes", "0.00001")
+    costs = []
+    for speed in ("[]", "[0.5, 1.0]"):
+        job(speed, *store, "auto:1GB", "--speed", speed)
+        costs.append(json.loads((tmp_path / speed / "layers.json").read_text())["costs"])
+    # Train is dev here: one and one before; at half and at full speed two and one more, and one.
+    each = [cost["gigabytes_per_layer"] for cost in costs]
+    assert each[1] / each[0] == pytest.approx(4 / 2)
+
+
+def test_the_encoder_of_the_probes_is_gone_before_training(job, monkeypatch):
+    alive, fit = [], CTCBrain.fit
+
+    def counted(brain, *args, **kwargs):
+        gc.collect()
+        alive.extend(it.layers for it in gc.get_objects() if isinstance(it, SSLEncoder))
+        return fit(brain, *args, **kwargs)
+
+    monkeypatch.setattr(CTCBrain, "fit", counted)
+    before = sum(isinstance(it, SSLEncoder) for it in gc.get_objects())
+    results = job("run", "--layers", "auto:1")
+    assert len(alive) <= before + 1 and results["layers"] in alive
 
 
 def test_another_task_on_the_same_recordings_makes_its_own_choice(

@@ -8,6 +8,7 @@ import torch
 from hff_modules import SSLEncoder, adapters
 from hff_modules.brains import CTCBrain
 from hff_modules.brains.head_first import HeadFirst
+from hff_modules.measure import Meter
 from tests.test_training import job, trained_tensors  # noqa: F401
 
 METHODS = ("tpa", "lora", "full_finetune", "bitfit", "prompts", "elp")
@@ -112,6 +113,19 @@ def test_a_run_that_is_killed_in_either_time_ends_like_an_undisturbed_one(
     assert again["test"] == whole["test"]
     one, two = trained_tensors(tmp_path / "whole"), trained_tensors(tmp_path / "killed")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_speed_is_that_of_the_method_and_not_of_the_head_alone():
+    meter = Meter("cpu")
+    for seconds in (1.0, 1.0):
+        meter.add_step(seconds, 600.0)
+        meter.train_seconds += seconds
+    meter.join()
+    meter.add_step(2.0, 60.0)
+    meter.train_seconds += 2.0
+    found = meter.summary()
+    assert found["train_seconds"] == 4.0 and found["step_seconds"] == 2.0
+    assert found["audio_seconds_per_second"] == 30.0
 
 
 def test_where_nothing_in_the_encoder_is_trained_nobody_waits(job, tmp_path):

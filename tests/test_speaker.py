@@ -5,10 +5,17 @@ from types import SimpleNamespace
 import pytest
 import speechbrain as sb
 import torch
+from speechbrain.utils.metric_stats import EER, minDCF
 from torch import nn
 
 from hff_modules.brains import SpeakerBrain, train_speaker
-from hff_modules.brains.speaker import choose_cohort, s_norm, speaker_classifier, speaker_loss
+from hff_modules.brains.speaker import (
+    choose_cohort,
+    s_norm,
+    speaker_classifier,
+    speaker_loss,
+    verification_errors,
+)
 from hff_modules.config import METHODS, load_config
 from hff_modules.data.manifest import write_manifest
 from hff_modules.data.trials import Trial, make_trials, read_trials, write_trials
@@ -122,6 +129,22 @@ def test_trials_are_scored_by_cosine_and_the_nearer_pair_is_taken_for_one_speake
     half = [Trial(True, "a0", "a1"), Trial(True, "a0", "b0"), Trial(False, "b0", "b1")]
     costs = Told(embeddings, half, tmp_path).scores(sb.Stage.VALID)
     assert costs["min_dcf"] == pytest.approx(0.5 * 0.01 / 0.01)
+
+
+@pytest.mark.parametrize("digits", [1, 4])
+def test_errors_of_trials_are_speechbrains_with_and_without_ties(digits):
+    torch.manual_seed(0)
+    same, others = (0.3 + torch.randn(200)).round(decimals=digits), torch.randn(300)
+    others = others.round(decimals=digits)
+    eer, cost = verification_errors(same, others)
+    assert eer == pytest.approx(EER(same, others)[0], abs=1e-6)
+    assert cost == pytest.approx(minDCF(same, others, p_target=0.01)[0] / 0.01, abs=1e-5)
+
+
+def test_many_trials_take_no_memory_to_speak_of():
+    torch.manual_seed(0)
+    eer, cost = verification_errors(torch.randn(200_000) + 2, torch.randn(200_000))
+    assert eer == pytest.approx(0.5 * math.erfc(1 / math.sqrt(2)), abs=0.005) and 0 < cost < 1
 
 
 def test_stored_states_train_like_waveforms_and_a_run_is_tested_again(job, tmp_path):

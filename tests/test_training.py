@@ -262,6 +262,35 @@ def test_a_score_that_is_no_number_is_never_the_best(job, tmp_path, monkeypatch,
     assert results["dev"]["loss"] == results["history"][0]["loss"] and results["test"]
 
 
+@pytest.mark.parametrize("select_by", ["accuracy", "werr"])
+def test_a_score_that_cannot_choose_is_refused_at_once(job, tmp_path, select_by):
+    with pytest.raises(
+        ValueError, match=f"smallest is the best, wer or cer or loss; got '{select_by}"
+    ):
+        job(tmp_path, "--select_by", select_by)
+    assert not (tmp_path / "save").exists() or not any((tmp_path / "save").iterdir())
+
+
+def test_testing_otherwise_leaves_the_record_of_training_alone(job, tmp_path):
+    options = ["--layers", "[2, 4]", "--number_of_epochs", "1"]
+    first = job(tmp_path, *options)
+    config = (tmp_path / "config.yaml").read_bytes()
+    other = ["--batch_seconds", "9", "--eval_precision", "bf16", "--test_only"]
+    assert job(tmp_path, *options, *other)["settings"] == first["settings"]
+    assert (tmp_path / "config.yaml").read_bytes() == config
+    assert job(tmp_path, *options)["settings"] == first["settings"]
+
+
+def test_another_number_of_processes_does_not_go_on_with_a_run(job, tmp_path):
+    options = ["--layers", "[2, 4]", "--number_of_epochs", "1"]
+    job(tmp_path, *options)
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 2}))
+    with pytest.raises(ValueError, match="holds a run of 2 processes, now there are 1; go on"):
+        job(tmp_path, *options)
+    job(tmp_path, *options, "--test_only")
+
+
 def test_more_batches_to_a_step_than_an_epoch_has_are_refused(job, tmp_path):
     with pytest.raises(ValueError, match="grad_accumulation_factor=99, but an epoch has . batches"):
         job(tmp_path, "--grad_accumulation_factor", "99")

@@ -26,6 +26,7 @@ from hff_modules.checkpoint import (
     save_trained,
 )
 from hff_modules.config import digest_of_settings
+from hff_modules.files import read_text
 from hff_modules.measure import Meter, count_parameters, table, versions, write_results
 
 logger = get_logger(__name__)
@@ -74,7 +75,8 @@ def trainable_parts(modules: Mapping[str, nn.Module]) -> dict[str, list[nn.Param
 class SSLBrain(sb.Brain):
     """A Brain for a (mostly) frozen encoder, a fusion and a head.
 
-    A task adds its name, ``compute_forward``, ``compute_objectives`` and ``scores``.
+    A task adds its name, which scores may choose, ``compute_forward``, ``compute_objectives`` and
+    ``scores``.
 
     Arguments
     ---------
@@ -89,9 +91,15 @@ class SSLBrain(sb.Brain):
     """
 
     task: str  # its name in results.json
+    selectable: tuple[str, ...]  # scores on dev of which the smallest is the best
 
     def __init__(self, modules, hparams, run_opts=None, checkpointer=None, task=None):
         hparams = dict(hparams)
+        if hparams["select_by"] not in self.selectable:
+            raise ValueError(
+                f"select_by: expected a score of which the smallest is the best, "
+                f"{' or '.join(self.selectable)}; got {hparams['select_by']!r}"
+            )
         if run_opts is not None and run_opts.get("ckpt_interval_steps"):
             hparams["ckpt_interval_minutes"] = 0  # SpeechBrain refuses to have both
         self.parts = dict(modules)  # as they are; self.modules may be wrapped for distribution
@@ -238,7 +246,7 @@ class SSLBrain(sb.Brain):
         if stage == sb.Stage.TRAIN:
             self.head_first.set(epoch <= self.head_first.epochs)
             if 0 < self.head_first.epochs == epoch - 1:
-                self.meter.steps.clear()  # those of the head alone are no steps of the method
+                self.meter.join()  # steps of the head alone are no steps of the method
             self.meter.reset_peak()
             self._clock = time.perf_counter()
 
@@ -296,8 +304,6 @@ class SSLBrain(sb.Brain):
         self._log_epoch(epoch, scores)
         self._remember(epoch, scores)
         chosen_by = self.hparams.select_by
-        if chosen_by not in scores:
-            raise ValueError(f"select_by: {chosen_by!r} is no score; there are {', '.join(scores)}")
         meta, score = {"epoch": epoch, **scores}, scores[chosen_by]
         if self.head_first.waiting:  # not the method yet: to go on from, never to be the best
             meta = {"epoch": epoch}
@@ -373,6 +379,7 @@ class SSLBrain(sb.Brain):
         best = min(reversed(joined), key=lambda past: past[self.hparams.select_by], default={})
         about = ("epoch", "train_seconds", "train_loss")
         fold = getattr(self.hparams, "fold", None)
+        processes = torch.distributed.get_world_size() if is_distributed_initialized() else 1
         return {
             "task": self.task,
             "dataset": self.hparams.dataset,
@@ -384,6 +391,7 @@ class SSLBrain(sb.Brain):
             **self.meter.summary(),
             "epochs": self.meter.epochs,
             **({"frozen_epochs": waited} if waited else {}),
+            **({"processes": processes} if processes > 1 else {}),
             "seed": self.hparams.seed,
             **({} if fold is None else {"fold": fold}),
             **self._settings(),
@@ -398,9 +406,14 @@ class SSLBrain(sb.Brain):
         """``settings``: a digest of what runs of one row share; how layers were to be chosen."""
         without = ["seed", "fold", "start_from"]  # a path, which is another on another machine
         asked = getattr(self.hparams, "auto_layers", None)
+        trained_with = Path(self.hparams.output_folder) / "config.yaml"
+        if self.test_only and trained_with.is_file():  # batches and precision of testing may differ
+            config = read_text(trained_with)
+        else:
+            config = self.hparams.config
         if asked is None:
-            return {"settings": digest_of_settings(self.hparams.config, *without)}
-        digest = digest_of_settings(self.hparams.config, *without, "layers")
+            return {"settings": digest_of_settings(config, *without)}
+        digest = digest_of_settings(config, *without, "layers")
         return {"settings": digest, "auto_layers": asked}
 
     def layer_weights(self) -> dict[str, dict[int, float]]:

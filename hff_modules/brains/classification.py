@@ -41,6 +41,7 @@ class ClassificationBrain(SSLBrain):
     """
 
     task = "classification"
+    selectable = ("error", "unweighted_error", "loss")
 
     def __init__(self, labels: Mapping[str, Sequence[str]], *args, **kwargs):
         text = json.dumps(dict(labels), ensure_ascii=False)

@@ -55,6 +55,7 @@ class CTCBrain(SSLBrain):
     """
 
     task = "asr"
+    selectable = ("wer", "cer", "loss")
 
     def __init__(self, units: Units, *args, **kwargs):
         vocabulary = hashlib.sha256("\n".join(units.vocab_list).encode()).hexdigest()[:16]

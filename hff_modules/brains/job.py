@@ -10,7 +10,7 @@ import speechbrain as sb
 import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.distributed import if_main_process, run_on_main
+from speechbrain.utils.distributed import if_main_process, is_distributed_initialized, run_on_main
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -101,10 +101,17 @@ def keep(
         or tested, as if it had these.
     """
     folder = Path(hparams["output_folder"])
+    processes = torch.distributed.get_world_size() if is_distributed_initialized() else 1
     found = {part: _described(dataset) for part, dataset in data.items()}
     _refuse_other_settings(hparams, (*MAY_CHANGE, *(IN_TESTING if test_only else ())))
     if _begun(folder) and (folder / "data.json").is_file():
         before = read_json(folder / "data.json")
+        then = before.get("processes", processes)
+        if then != processes and not test_only:  # the batch of a step is theirs together
+            raise ValueError(
+                f"{folder} holds a run of {then} processes, now there are {processes}; go on with "
+                "as many, choose another --output_folder, or delete that one to start anew"
+            )
         for part in found:
             if found[part] != before.get(part, found[part]):
                 then, now = (which[part]["utterances"] for which in (before, found))
@@ -114,9 +121,11 @@ def keep(
                     "--output_folder, or delete that one to start anew"
                 )
     if if_main_process():
-        files |= {"config.yaml": hparams["config"], "data.json": json.dumps(found, indent=1) + "\n"}
+        files["data.json"] = json.dumps({**found, "processes": processes}, indent=1) + "\n"
+        files["config.yaml"] = hparams["config"]
         for name, text in files.items():
-            write_atomically(folder / name, text)
+            if not (test_only and (folder / name).is_file()):  # they tell how it was trained
+                write_atomically(folder / name, text)
 
 
 def _begun(folder: Path) -> bool:
