@@ -56,14 +56,14 @@ Losses of different targets do not compare. `training.json` has all settings and
 """
 
 
-def relative(settings, data_root, rounds=()):
+def relative(settings, data_root, made_in):
     """Settings without the paths of the machine: sources below `data_root`, no folders."""
     kept = {}
     for key, value in settings.items():
         if key == "sources":
             value = [_below(data_root, source) for source in value]
         if key in ("init", "teacher") and value:
-            value = _named(value, rounds)
+            value = _named(value, made_in)
         if not key.endswith("_folder") and key not in ("prepare", "config"):
             kept[key] = value
     return kept
@@ -77,7 +77,7 @@ def publish(folder, rounds, data_root, licences, cores):
     folder : str
         Where to write.
     rounds : list of str
-        Encoder folders of all rounds, in their order.
+        Encoder folders of all rounds, in their order; one that was published stands for its own.
     data_root : str
         Folder that all sources of all rounds lie in; it is left out of what is written.
     licences : dict
@@ -94,23 +94,35 @@ def publish(folder, rounds, data_root, licences, cores):
         A source lies elsewhere, or no set has its licence. Nothing is written then.
     """
     folder = Path(folder)
-    reports = [json.loads((Path(r) / "training.json").read_text()) for r in rounds]
     config = json.loads((Path(rounds[-1]) / "config.json").read_text())
-    heard = {}
-    for report in reports:
+    reports, heard, made_in, named = [], {}, {}, set()
+    for encoder in rounds:
+        report = json.loads((Path(encoder) / "training.json").read_text())
+        made_in[Path(encoder).resolve()] = len(reports) + len(report.get("rounds", [report]))
+        if "rounds" in report:  # without the machine's paths already
+            reports += report["rounds"]
+            sources = [source for r in report["rounds"] for source in r["config"]["sources"]]
+            named |= {*report.get("learned_from", sources)}
+            heard |= dict.fromkeys(sorted(named))
+            continue
         own = report["targets"].pop("learned_from", None)  # not there before they were recorded
-        heard |= dict.fromkeys(own or learned_from(report["config"]))
-        report["config"] = relative(report["config"], data_root, rounds)
+        own = own or learned_from(report["config"])
+        heard |= dict.fromkeys(s for s in own if Path(s).resolve() not in made_in)
+        report["config"] = relative(report["config"], data_root, made_in)
         report["data"] = {k: v for k, v in report["data"].items() if k != "settings"}
+        reports.append(report)
 
     described = {start: (what, licence) for start, what, licence in licences["sets"]}
-    sets = {}
+    sets, names = {}, []
     for source in heard:
-        name = source if source in described else _below(data_root, source)
+        known = source in described or source in named
+        name = source if known else _below(data_root, source)
+        names.append(name)
         start = max((s for s in described if name.startswith(s)), key=len, default=None)
         if start is None:
             raise ValueError(f"licences: none of the sets begins {name}")
-        sets.setdefault(start, []).append(name)
+        if name not in sets.setdefault(start, []):
+            sets[start].append(name)
     sources = [
         f"| {described[s][0]}: {_listed(names)} | {described[s][1]} |" for s, names in sets.items()
     ]
@@ -138,7 +150,7 @@ def publish(folder, rounds, data_root, licences, cores):
         rate=100 / stride,
         hours=" and ".join(dict.fromkeys(f"{r['data']['hours']['train']:.1f}" for r in reports)),
         held_out=_held_out(reports),
-        rounds=len(rounds),
+        rounds=len(reports),
         cores=cores,
         table="\n".join(table),
         sources="\n".join(sources),
@@ -147,16 +159,16 @@ def publish(folder, rounds, data_root, licences, cores):
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
         shutil.copyfile(Path(rounds[-1]) / name, folder / name)
-    (folder / "training.json").write_text(json.dumps({"rounds": reports}, indent=1) + "\n")
+    (folder / "training.json").write_text(
+        json.dumps({"rounds": reports, "learned_from": names}, indent=1) + "\n"
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
     _plot(reports, folder / "curves.png")
 
 
-def _named(encoder, rounds):
-    for number, folder in enumerate(rounds, 1):
-        if Path(folder).resolve() == Path(encoder).resolve():
-            return f"round {number}"
-    return "another encoder"
+def _named(encoder, made_in):
+    number = made_in.get(Path(encoder).resolve())
+    return f"round {number}" if number else "another encoder"
 
 
 def _held_out(reports):

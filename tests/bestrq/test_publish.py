@@ -57,7 +57,16 @@ def test_a_card_names_all_that_its_rounds_heard_and_claims_nothing_else(trained,
     assert "round 1: " in card and "held out, single recordings, for the curves" in card
     assert "cluster" not in card and str(tmp_path) not in card
     text = (tmp_path / "card" / "training.json").read_text()
-    assert "learned_from" not in text and str(tmp_path) not in text
+    assert json.loads(text)["learned_from"] == ["private", "open"] and str(tmp_path) not in text
+
+    # A round that goes on from a published encoder: its rounds come first, what it heard counts.
+    third = trained_on("third", str(tmp_path / "card"))
+    own["sets"].append(["third", "Third", "MIT"])
+    publish.publish(tmp_path / "card", [tmp_path / "card", third], "/data", own, "a core")
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "| 2 | round 1 |" in card and "| 3 | round 2 |" in card and "rounds: 3" in card
+    assert all(f": {name} |" in card for name in ("private", "open", "third"))
+    assert len(json.loads((tmp_path / "card/training.json").read_text())["rounds"]) == 3
 
     own["sets"].append(["far", "Far", "MIT"])
     with pytest.raises(ValueError, match="maker/model is not in /data, and no set"):
@@ -66,4 +75,6 @@ def test_a_card_names_all_that_its_rounds_heard_and_claims_nothing_else(trained,
     publish.publish(tmp_path / "card", [first, other], "/data", own, "a core")
     card = (tmp_path / "card" / "README.md").read_text()
     assert "| A model: maker/model | Apache" in card and "| Mine: private |" in card
+    publish.publish(tmp_path / "on", [tmp_path / "card", third], "/data", own, "a core")
+    assert "| A model: maker/model | Apache" in (tmp_path / "on" / "README.md").read_text()
     assert "| 2 | another encoder |" in card and "hours were held out for the curves" in card
