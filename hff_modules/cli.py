@@ -5,7 +5,7 @@ import gc
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ruamel.yaml
@@ -118,8 +118,22 @@ def without_wait(argv: Sequence[str]) -> list[str]:
     >>> without_wait(["fusion_tpa", "--start_from", "results/fr"])
     ['fusion_tpa', '--start_from', 'results/fr', '--frozen_epochs', '0']
     """
-    started = given(argv, "start_from") and given(argv, "frozen_epochs") is None
+    sources = given(argv, "start_from") or given(argv, "source_languages")
+    started = sources and given(argv, "frozen_epochs") is None
     return [*argv, "--frozen_epochs", "0"] if started else list(argv)
+
+
+def check_said(argv: Sequence[str], hparams: Mapping[str, Any], *keys: str) -> None:
+    """Refuse keys that are looked for on the command line, and that a file gives instead.
+
+    Raises
+    ------
+    ValueError
+        Such a key would be without effect.
+    """
+    for key in keys:
+        if hparams[key] and not given(argv, key):
+            raise ValueError(f"{key}: it has an effect on the command line alone, as --{key}")
 
 
 def on_command_line(argv: Sequence[str]) -> dict[str, list[str]]:

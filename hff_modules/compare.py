@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from hff_modules import plots, tables
+from hff_modules.cli import on_command_line
 from hff_modules.cli import run as run_main
 from hff_modules.comparison import (
     Outcomes,
@@ -44,6 +45,12 @@ from hff_modules.plan import Plan, PlanError, as_argument, make_plan, read_plan
 
 RECORD = "compare.json"  # in a run's folder: what it was started with
 LOG = "output.txt"  # in a run's folder: what it printed
+# Where things lie and how they are computed: a plan may go on in another place. The data itself is
+# compared by its digest.
+ELSEWHERE = (
+    "data_folder csv sources_folder cache cache_gigabytes speed_cache num_workers "
+    "ckpt_interval_minutes device noprogressbar"
+).split()
 POLL_SECONDS = 0.1
 REFRESH_SECONDS = 10
 
@@ -102,13 +109,21 @@ def record(plan: Plan, run: Run) -> None:
         return
     except ValueError:
         raise PlanError(f"{path} is no JSON; delete this folder to run it again") from None
-    old, new = ({**it.pop("options", {}), **it} for it in (then, now))
+    old, new = (_decisive(it) for it in (then, now))
     for key in {**old, **new}:
         if old.get(key) != new.get(key):
             raise PlanError(
                 f"{run.folder} was run with {key} {old.get(key)!r}, now it is {new.get(key)!r}; "
                 "delete that folder or choose another --output"
             )
+
+
+def _decisive(recorded: dict[str, Any]) -> dict[str, Any]:
+    """What a run was started with, without what may change between two commands on its folder."""
+    extra = on_command_line(["method", *recorded.pop("extra", [])])
+    said = {key: " ".join(words) for key, words in extra.items()}
+    every = {**recorded.pop("options", {}), **said, **recorded}
+    return {key: value for key, value in every.items() if key not in ELSEWHERE}
 
 
 def run_before(plan: Plan) -> Outcomes:
@@ -219,11 +234,14 @@ class Runner:
         """The results, or why they are none: a file has changed since other runs of the row."""
         for other, before in self.outcomes.items():
             same_row = other.row is run.row and other.settings == run.settings
-            if same_row and not (other.trial or run.trial) and {"settings"} <= before.keys():
-                if results.get("settings", before["settings"]) != before["settings"]:
+            if not same_row or other.trial or run.trial:
+                continue
+            same_fold = other.options.get("fold") == run.options.get("fold")
+            for key in ("settings", "data") if same_fold else ("settings",):
+                if key in before and results.get(key, before[key]) != before[key]:
                     return {
                         "failed": f"{run.folder} and {other.folder} were run with different "
-                        "settings (a file has changed in between); delete the older one"
+                        f"{key} (a file has changed in between); delete the older one"
                     }
         return results
 

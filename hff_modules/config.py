@@ -43,7 +43,7 @@ MAY_CHANGE = (
     "speed_cache fill_only analysis probes num_workers ckpt_interval_minutes checkpointer "
     "train_logger tensorboard check_only max_missing max_bad_share testing test_splits "
     "cohort_speakers cohort_utterances cohort_nearest decoding beam_searcher "
-    "lm lm_text lm_order lm_alpha lm_beta lm_beam lm_minutes"
+    "lm lm_text lm_order lm_alpha lm_beta lm_beam lm_minutes start_from"
 ).split()
 
 

@@ -149,6 +149,13 @@ def check_rows(runs: Sequence[dict]) -> None:
         if "failed" in run:
             continue
         before = first.setdefault(_identity(run), run)
+        fold = first.setdefault(f"{_identity(run)} {run.get('fold')}", run)
+        if run.get("data", fold.get("data")) != fold.get("data", run.get("data")):
+            name = run.get("label") or run["method"]
+            raise ValueError(
+                f"{name}: {_which(run)} was trained, chosen or tested on other data than "
+                f"{_which(fold)}; a row is a mean over seeds or folds, of nothing else"
+            )
         chosen = ("layers", "trainable_parameters") if "auto_layers" in run else ()
         for key in [key for key in OF_A_ROW if key not in chosen]:
             if key in run and key in before and run[key] != before[key]:

@@ -3,6 +3,7 @@
 Intermediate adaptation for a new language: arXiv 2411.18217.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,10 +22,11 @@ from hff_modules.checkpoint import (
     read_tensors,
 )
 from hff_modules.data.text import Units, load_units
-from hff_modules.files import parse_yaml, read_text
+from hff_modules.files import parse_yaml, read_json, read_text
 
 logger = get_logger(__name__)
 
+STARTED_FROM = "start_from.json"
 ROWS = ("head.output.weight", "head.output.bias")  # one row for each unit
 
 
@@ -56,6 +58,38 @@ def best_checkpoint(folder: str | Path) -> Path:
     return found.path
 
 
+def begun_with(hparams: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the run in the output folder was started from, as :func:`start_from` gave it.
+
+    It goes on from checkpoints of its own: the other run's folder may be gone by then, or moved.
+    None if it has not begun, or was not started from anything.
+
+    Raises
+    ------
+    CheckpointError
+        ``start_from`` is now a folder with something else.
+    """
+    folder, now = Path(hparams["output_folder"]), hparams["start_from"]
+    if not any(folder.glob("save/CKPT*")):
+        return None
+    begun = read_json(folder / STARTED_FROM) if (folder / STARTED_FROM).is_file() else None
+    if now is not None and begun is None and (folder / "config.yaml").is_file():
+        then = parse_yaml(read_text(folder / "config.yaml"), folder / "config.yaml")
+        if then.get("start_from") is None:
+            raise CheckpointError(f"{folder} holds a run that was not started from {now}")
+    if now is not None and begun is not None and Path(now).is_dir():
+        if _digest(best_checkpoint(now)) != begun["checkpoint"]:
+            raise CheckpointError(
+                f"{folder} holds a run that was started from {begun['folder']}; {now} is another"
+            )
+    return begun
+
+
+def _digest(checkpoint: Path) -> str:
+    with open(checkpoint / f"trained{TENSORS}", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def start_from(trained: Trained, units: Units, folder: str | Path) -> dict[str, Any]:
     """Copy what a run learned into the modules of another one.
 
@@ -71,7 +105,8 @@ def start_from(trained: Trained, units: Units, folder: str | Path) -> dict[str, 
     Returns
     -------
     dict[str, Any]
-        ``folder``, ``known_units`` and ``new_units`` (numbers), for ``results.json``.
+        ``folder``, ``known_units`` and ``new_units`` (numbers), ``checkpoint`` (a digest), for
+        ``results.json`` and ``start_from.json``.
 
     Raises
     ------
@@ -101,7 +136,8 @@ def start_from(trained: Trained, units: Units, folder: str | Path) -> dict[str, 
     new = [unit for unit in units.vocab_list if unit not in old]
     named = f"; new: {' '.join(new)}" if new else ""
     logger.info(f"started from {checkpoint}: {len(pairs)} of {units.size} units known{named}")
-    return {"folder": str(folder), "known_units": len(pairs), "new_units": len(new)}
+    units_of = {"known_units": len(pairs), "new_units": len(new)}
+    return {"folder": str(folder), **units_of, "checkpoint": _digest(checkpoint)}
 
 
 def _apart_from_units(manifest: Mapping[str, Any]) -> dict[str, Any]:

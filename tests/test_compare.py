@@ -303,6 +303,16 @@ def test_a_folder_of_a_run_with_other_options_is_a_failure_that_names_them(recip
     assert "was run with epochs 9, now it is 3" in run["failed"] and len(calls(recipe)) == 1
 
 
+def test_data_and_caches_may_lie_elsewhere_when_a_comparison_goes_on(recipe):
+    carry_out(recipe, "--", "--data_folder", "/data/CV", "--num_workers", "2", methods=["a"])
+    (run,) = carry_out(recipe, "--", "--data_folder", "/scratch/CV", methods=["a"])
+    assert "failed" not in run and len(calls(recipe)) == 1
+    with pytest.raises(SystemExit):
+        carry_out(recipe, "--", "--encoder", "other", methods=["a"])
+    (run,) = json.loads(output(recipe, "runs.json").read_text())
+    assert "was run with encoder None, now it is 'other'" in run["failed"]
+
+
 def test_finished_runs_may_be_moved_with_their_recipe(recipe):
     carry_out(recipe, methods=["a"])
     moved = recipe.rename(recipe.with_name("elsewhere"))

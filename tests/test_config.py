@@ -194,6 +194,13 @@ def test_a_file_that_is_damaged_is_named(files, text):
         load_config([str(folder / "method.yaml")], folder / "base.yaml")
 
 
+def test_a_key_that_counts_on_the_command_line_alone_is_refused_in_a_file():
+    for line in (["fusion"], ["fusion", "--few_shot"]):
+        cli.check_said(line, {"few_shot": len(line) > 1}, "few_shot")
+    with pytest.raises(ValueError, match="few_shot: it has an effect on the command line alone"):
+        cli.check_said(["fusion"], {"few_shot": True}, "few_shot")
+
+
 def test_a_device_that_is_not_there_is_refused(files, monkeypatch):
     folder = files(base="a: 1", method="b: 2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

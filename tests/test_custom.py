@@ -218,6 +218,39 @@ def test_speakers_in_two_given_parts_and_an_absent_test_part_are_said(tmp_path, 
     assert "no row of the split test: nothing is tested" in caplog.text
 
 
+@pytest.mark.parametrize("spelt", ["Split", " split", "SPLIT"])
+def test_headings_may_be_spelt_with_capitals_and_spaces(tmp_path, save, spelt):
+    names = ["train", "dev", "test"]
+    rows = recordings(tmp_path, **{spelt: lambda n: names[n % 3], "Speaker": lambda n: f"s{n}"})
+    made = parts(prepare_custom(write_csv(tmp_path / "my.csv", rows), save)[0])
+    assert {part: len(rows) for part, rows in made.items()} == dict.fromkeys(names, 10)
+    assert made["dev"][0]["spk_id"] == "s1"
+
+
+@pytest.mark.parametrize(("column", "key"), [("set", "split"), ("spk_id", "speaker")])
+def test_a_heading_that_must_mean_a_split_or_speakers_is_refused(tmp_path, save, column, key):
+    rows = recordings(tmp_path, **{column: lambda n: "train"})
+    with pytest.raises(ValueError, match=f"no column {key}, but {column}; call it {key}"):
+        prepare_custom(write_csv(tmp_path / "my.csv", rows), save)
+
+
+def test_columns_that_are_not_used_are_named(tmp_path, save, caplog):
+    rows = recordings(tmp_path, age=lambda n: "20")
+    with caplog.at_level(logging.WARNING):
+        prepare_custom(write_csv(tmp_path / "my.csv", rows), save)
+    assert "columns that are not used: age" in caplog.text
+
+
+def test_a_voice_with_two_clips_is_no_dev_set(tmp_path, save):
+    # Whoever's hash comes first: the third voice alone is far below a tenth.
+    for third in "CDEFGHIJ":
+        rows = recordings(
+            tmp_path, 40, speaker=lambda n, third=third: "A" if n < 34 else "B" if n < 39 else third
+        )
+        made = parts(prepare_custom(write_csv(tmp_path / "my.csv", rows), save / third)[0])
+        assert min(len(of_part) for of_part in made.values()) >= 2
+
+
 def test_a_table_with_tabs_a_bom_and_windows_line_ends_is_read(tmp_path, save):
     rows = recordings(tmp_path)
     lines = ["wav\ttext", *(f'{row["wav"]}\tsay "{row["text"]}"' for row in rows)]

@@ -86,6 +86,10 @@ def test_the_plan_is_carried_out_for_each_language_and_collected(tmp_path, monke
     measured = json.loads(Path(place, "measured.json").read_text())
     assert [entry["test"]["mean"]["cer"] for entry in measured] == [51, 52]
     assert "mean CER %" in Path(place, "table.md").read_text()
+    # A comparison that was refused has written nothing: its old runs are no results of this call.
+    monkeypatch.setattr(languages.subprocess, "call", lambda line: int(line[-1] == "ru"))
+    with pytest.raises(ValueError, match="no language gave results"):
+        languages.main(["plan.yaml", "mt", "ru"])
     for wrong in ([], ["plan.yaml"], ["nowhere.yaml", "mt"], ["plan.yaml", "mt", "--output", "x"]):
         with pytest.raises(ValueError, match="expected a plan and languages"):
             languages.main(wrong)

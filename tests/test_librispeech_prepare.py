@@ -11,7 +11,11 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes/LibriSpeech/ASR"))
 import librispeech_prepare  # noqa: E402
-from librispeech_prepare import choose_subset, prepare_librispeech  # noqa: E402
+from librispeech_prepare import (  # noqa: E402
+    check_splits,
+    choose_subset,
+    prepare_librispeech,
+)
 
 
 def add_chapter(folder, speaker, chapter, count=2, ending="flac", seconds=0.2):
@@ -82,6 +86,29 @@ def test_manifests_that_are_up_to_date_stay_and_others_are_made_again(data, save
     third = made(moved, max_bad_share=0.5)
     assert third != second
     assert made(moved, max_bad_share=0.5, redo=True) != third
+
+
+def test_data_that_has_come_or_been_corrected_since_is_noticed(data, save):
+    first = len(read(prepare_librispeech(data, save, ["dev-mini"])["dev-mini"]))
+    add_chapter(data / "dev-mini", "84", "999", ending="opus", count=1)
+    assert len(read(prepare_librispeech(data, save, ["dev-mini"])["dev-mini"])) == first + 1
+    transcript = next((data / "dev-mini/84/121").glob("*.trans.txt"))
+    transcript.write_text(transcript.read_text().replace("WORDS", "CORRECTED"))
+    rows = read(prepare_librispeech(data, save, ["dev-mini"])["dev-mini"])
+    assert rows[0]["wrd"].startswith("CORRECTED OF")
+
+
+def test_splits_that_share_recordings_are_refused_and_shared_speakers_named(data, save, caplog):
+    add_chapter(data / "more", "84", "5", count=1)
+    manifests = prepare_librispeech(data, save, ["train-clean-5", "dev-mini", "more"])
+    check_splits(manifests, ["train-clean-5"], ["dev-mini", "more"])
+    assert not caplog.records
+    check_splits(manifests, ["more"], ["dev-mini"])
+    assert "dev-mini: 1 speakers (84) are in train, too" in caplog.text
+    with pytest.raises(
+        ValueError, match="dev-mini: 3 of its recordings are in more, dev-mini, too"
+    ):
+        check_splits(manifests, ["more", "dev-mini"], ["dev-mini"])
 
 
 def test_a_manifest_whose_writing_was_interrupted_is_made_again(data, save, monkeypatch):

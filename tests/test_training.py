@@ -17,16 +17,18 @@ from safetensors.torch import load_file
 from speechbrain import Stage
 from speechbrain.decoders.ctc import CTCPrefixBeamSearcher
 
-from hff_modules.brains import CTCBrain, train_ctc
+from hff_modules.brains import CTCBrain, enter_folder, train_ctc
 from hff_modules.brains.ctc import relative_lengths
 from hff_modules.brains.head_first import HeadFirst
 from hff_modules.config import METHODS, load_config
 from hff_modules.data import CharUnits
 from hff_modules.data.loading import drop_unalignable, needed_frames, read_speech
 from hff_modules.data.manifest import write_manifest
+from hff_modules.files import locked
 from hff_modules.heads import BLSTMHead, DNNHead, LinearHead
 from hff_modules.masking import FeatureMasking
 from hff_modules.ngram import Fused, tokens, train_ngram
+from hff_modules.tables import check_rows
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["AB", "BA", "CAB", "AB CA", "B", "ABBA", "CC A", "BAC"]
@@ -289,6 +291,30 @@ def test_another_number_of_processes_does_not_go_on_with_a_run(job, tmp_path):
     with pytest.raises(ValueError, match="holds a run of 2 processes, now there are 1; go on"):
         job(tmp_path, *options)
     job(tmp_path, *options, "--test_only")
+
+
+def test_two_processes_are_not_at_work_in_one_folder(job, tmp_path):
+    options = ["--layers", "[2, 4]", "--number_of_epochs", "1"]
+    with locked(tmp_path / ".lock"):
+        with pytest.raises(BlockingIOError, match="another process is at work here"):
+            enter_folder({"output_folder": str(tmp_path), "config": ""})
+    enter_folder({"output_folder": str(tmp_path), "config": ""})
+    enter_folder({"output_folder": str(tmp_path), "config": ""})
+    job(tmp_path, *options)
+    with locked(tmp_path / ".lock", wait=False):
+        pass  # left when the job was done
+
+
+def test_results_tell_the_data_they_come_from(job, tmp_path):
+    options = ["--layers", "[2, 4]", "--number_of_epochs", "1"]
+    first = job(tmp_path / "1", *options, "--seed", "1")
+    second = job(tmp_path / "2", *options, "--seed", "2")
+    assert first["data"] == second["data"] and first["data"].keys() >= {"train", "dev"}
+    check_rows([first, second])
+    second["data"] = {**second["data"], "dev": "other"}
+    with pytest.raises(ValueError, match="fusion: seed 2 was trained, chosen or tested on other"):
+        check_rows([first, second])
+    check_rows([{**first, "fold": 1}, {**second, "fold": 2}])
 
 
 def test_more_batches_to_a_step_than_an_epoch_has_are_refused(job, tmp_path):

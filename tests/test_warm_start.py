@@ -91,7 +91,7 @@ def test_a_run_starts_with_what_another_learned_and_known_units_keep_their_rows(
             torch.testing.assert_close(tensor[row], expected, rtol=1e-3, atol=1e-4)
     assert any(not torch.equal(plain[name], learned[name]) for name in plain if "adapters" in name)
     about = {"folder": str(first), "known_units": 4, "new_units": 2}
-    assert results["start_from"] == about
+    assert {key: results["start_from"][key] for key in about} == about
 
 
 def test_a_run_of_another_method_layers_or_width_is_refused_with_the_differences(
@@ -153,10 +153,25 @@ def test_one_command_trains_the_sources_once_for_all_targets_and_seeds(
     before = json.loads((folder / "results.json").read_text())
     assert (before["epochs"], before["seed"], before["test"]) == (2, 1986, {})
     assert before["dataset"] == "commonvoice-fr-it" and one["seed"] == 7 and one["epochs"] == 1
-    stamp = (folder / "results.json").stat().st_mtime_ns
-    run(tmp_path / "two", "mt", *stages, "--seed", "8", "--lr_head", "0.01")
-    assert (folder / "results.json").stat().st_mtime_ns == stamp
+    checkpoint = best_checkpoint(folder)
+    two = ["--seed", "8", "--lr_head", "0.01", "--num_workers", "0"]
+    run(tmp_path / "two", "mt", *stages, *two)
+    assert json.loads((folder / "results.json").read_text())["history"] == before["history"]
+    assert best_checkpoint(folder) == checkpoint
     assert len(list(tmp_path.glob("results/sources/fr-it/fusion_tpa-*"))) == 1
+    # What was begun goes on without its sources; what they hold now is compared.
+    (tmp_path / "results/sources").rename(tmp_path / "elsewhere")
+    tested = run(tmp_path / "two", "mt", *stages, *two, "--test_only")
+    assert tested["start_from"]["known_units"] == one["start_from"]["known_units"]
+    assert not (tmp_path / "results/sources").exists()
+    other = str(tmp_path / "one")
+    with pytest.raises(CheckpointError, match=f"started from .*; {other} is another"):
+        run(tmp_path / "two", "mt", *stages, *two, "--test_only", "--start_from", other)
+    (tmp_path / "elsewhere").rename(tmp_path / "results/sources")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("lr_head: 0.002", "lr_head: 0.003"))
+    with pytest.raises(ValueError, match="holds a run with .*lr_head"):
+        run(tmp_path / "three", "mt", *stages, *two)
 
 
 def test_sources_with_other_options_are_trained_apart(tmp_path):

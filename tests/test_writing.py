@@ -160,6 +160,19 @@ def test_a_text_for_a_language_model_keeps_the_marks_that_transcripts_keep(tmp_p
         assert clean_text_file(*given) == target and target.read_text() == expected
 
 
+def test_a_text_that_has_the_sentences_of_dev_and_test_is_said_or_cleared_of_them(tmp_path, caplog):
+    (tmp_path / "text.txt").write_text("A cat.\nA dog!\nA bird\n")
+    for part, words in (("train", "a cow"), ("dev", "a dog"), ("test", "a fish")):
+        row = [part, "1.0", f"{part}.wav", "", words]
+        write_table(tmp_path / f"{part}.csv", ["ID", "duration", "wav", "spk_id", "wrd"], [row])
+    given = [tmp_path / "text.txt", tmp_path / "made.txt", [tmp_path / "train.csv"], "en"]
+    others = [tmp_path / "dev.csv", tmp_path / "test.csv"]
+    clean_text_file(*given, others=others)
+    assert "1 of the 2 sentences of dev and test are in it" in caplog.text
+    clean_text_file(*given, others=others, drop_shared_texts=True)
+    assert (tmp_path / "made.txt").read_text() == "a cat\na bird\n"
+
+
 def test_what_is_left_out_is_counted():
     dropped = Counter()
     LATIN.clean("«Oui», dit-il…", dropped)

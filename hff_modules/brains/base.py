@@ -111,6 +111,7 @@ class SSLBrain(sb.Brain):
         self.meter = Meter(self.device)
         self.total_steps, self.waiting_steps = None, 0
         self.test_set = "test"  # the one that is being scored
+        self.data: dict[str, str] = {}  # digests of what it is trained on, chosen by and tested on
         self.trained = Trained(self.parts, self._manifest(task or {}))
         if checkpointer is not None:
             checkpointer.add_recoverable("trained", self.trained, load_trained, self._save_trained)
@@ -391,10 +392,11 @@ class SSLBrain(sb.Brain):
             **self.meter.summary(),
             "epochs": self.meter.epochs,
             **({"frozen_epochs": waited} if waited else {}),
-            **({"processes": processes} if processes > 1 else {}),
+            "processes": processes,
             "seed": self.hparams.seed,
             **({} if fold is None else {"fold": fold}),
             **self._settings(),
+            **({"data": self.data} if self.data else {}),
             **self.layer_weights(),
             "dev": {name: value for name, value in best.items() if name not in about},
             "test": {name: dict(scores) for name, scores in test.items()},

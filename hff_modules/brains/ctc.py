@@ -5,6 +5,7 @@ CTC: Graves et al., ICML 2006.
 
 import hashlib
 import itertools
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ from hff_modules.data.text import Units, build_units, error_rates
 from hff_modules.files import write_atomically
 from hff_modules.ngram import LM_FILE, Fused, model_for, write_arpa
 from hff_modules.probes import CTCTask
-from hff_modules.warm_start import start_from
+from hff_modules.warm_start import STARTED_FROM, begun_with, start_from
 
 logger = get_logger(__name__)
 
@@ -277,9 +278,13 @@ def train_ctc(
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    if hparams["start_from"] is not None:
-        brain.about["start_from"] = start_from(brain.trained, units, hparams["start_from"])
-    keep(hparams, {"train": train_set, "dev": dev_set}, brain.test_only)
+    files, begun_from = {}, begun_with(hparams)
+    if begun_from is not None:
+        brain.about["start_from"] = begun_from
+    elif hparams["start_from"] is not None:
+        found = start_from(brain.trained, units, hparams["start_from"])
+        brain.about["start_from"], files[STARTED_FROM] = found, json.dumps(found, indent=1) + "\n"
+    keep(hparams, {"train": train_set, "dev": dev_set}, brain.test_only, **files)
     if if_main_process():
         units.save(Path(hparams["output_folder"]) / "units")
     test_sets = asked_for(test_sets, hparams)

@@ -1,5 +1,6 @@
 """What the jobs of all tasks share: modules, loaders, and the way from training to results."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,9 @@ from hff_modules import adapters
 from hff_modules.brains.base import SSLBrain
 from hff_modules.config import MAY_CHANGE, changed_settings
 from hff_modules.data.loading import batches_by_length
-from hff_modules.files import parse_yaml, read_json, read_text, write_atomically
+from hff_modules.files import locked, parse_yaml, read_json, read_text, write_atomically
+
+_AT_WORK: dict[Path, contextlib.ExitStack] = {}  # locks of the folders that this process is in
 
 # May change, too, with --test_only
 IN_TESTING = ("batch_seconds", "num_buckets", "max_batch_size", "precision", "eval_precision")
@@ -32,10 +35,24 @@ def enter_folder(hparams: Mapping[str, Any]) -> None:
     ValueError
         It holds a run with other settings, of which nothing is changed. :func:`keep` compares
         again, with what is known later: the data, and layers that are chosen by it.
+    BlockingIOError
+        Another process is at work in it: each would delete the other's checkpoints.
     """
     later = ("layers",) if "auto_layers" in hparams else ()
     _refuse_other_settings(hparams, (*MAY_CHANGE, *IN_TESTING, *later))
+    folder = Path(hparams["output_folder"]).resolve()
+    if if_main_process() and folder not in _AT_WORK:
+        _AT_WORK[folder] = contextlib.ExitStack()
+        try:
+            _AT_WORK[folder].enter_context(locked(folder / ".lock", wait=False))
+        except OSError:
+            del _AT_WORK[folder]
+            raise
     sb.create_experiment_directory(hparams["output_folder"])
+
+
+def _leave_folder(hparams: Mapping[str, Any]) -> None:
+    _AT_WORK.pop(Path(hparams["output_folder"]).resolve(), contextlib.ExitStack()).close()
 
 
 def prepared(hparams: Mapping[str, Any], prepare: Callable[..., Any], *args, **kwargs) -> Any:
@@ -173,8 +190,12 @@ def train_and_test(
         training_loader(brain, train_set, hparams),
         evaluation_loader(dev_set, hparams),
     )
+    sets = {"train": train_set, "dev": dev_set, **{f"test {n}": s for n, s in test_sets.items()}}
+    brain.data = {name: _described(dataset)["content"] for name, dataset in sets.items()}
     loaders = {name: evaluation_loader(dataset, hparams) for name, dataset in test_sets.items()}
-    return brain.report(brain.test(loaders))
+    results = brain.report(brain.test(loaders))
+    _leave_folder(hparams)
+    return results
 
 
 def training_loader(brain: SSLBrain, dataset, hparams: Mapping[str, Any]) -> DataLoader:

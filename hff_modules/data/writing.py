@@ -14,7 +14,7 @@ from pathlib import Path
 from speechbrain.utils.logger import get_logger
 
 from hff_modules.data.manifest import read_rows
-from hff_modules.files import write_atomically
+from hff_modules.files import read_text, write_atomically
 
 logger = get_logger(__name__)
 
@@ -330,8 +330,13 @@ def clean_text_file(
     manifests: Iterable[str | Path],
     language: str,
     keep_harakat: bool = False,
+    others: Iterable[str | Path] = (),
+    drop_shared_texts: bool = False,
 ) -> str | Path | None:
     """Clean a text for a language model, by rules found in the training transcripts.
+
+    In a small language the sentences that were read often come from the very text at hand: a model
+    of it knows the answers, and its weights are chosen on them.
 
     Arguments
     ---------
@@ -345,6 +350,10 @@ def clean_text_file(
         Its code.
     keep_harakat : bool
         See :class:`Writing`.
+    others : iterable of str or path
+        Manifests of dev and test, whose sentences are counted.
+    drop_shared_texts : bool
+        Leave these out of the text.
 
     Returns
     -------
@@ -355,9 +364,17 @@ def clean_text_file(
         return text
     texts = [row["wrd"] for csv in manifests for row in read_rows(csv, "").values()]
     writing = writing_of(texts, str(language), keep_harakat)
-    with open(text, encoding="utf-8-sig") as file:
-        cleaned = [writing.clean(line) for line in file]
+    cleaned = [writing.clean(line) for line in read_text(text).splitlines()]
     kept = [line for line in cleaned if writing.problem(line) is None]
+    said = {row["wrd"] for csv in others for row in read_rows(csv, "").values()}
+    shared = said & set(kept)
+    if drop_shared_texts:
+        kept = [line for line in kept if line not in said]
+    elif shared:
+        logger.warning(
+            f"{text}: {len(shared)} of the {len(said)} sentences of dev and test are in it: a "
+            "language model of it knows these answers (see drop_shared_texts)"
+        )
     logger.info(f"{text}: {len(kept)} of {len(cleaned)} lines are used for the language model")
     write_atomically(target, "".join(f"{line}\n" for line in kept))
     return target

@@ -23,7 +23,8 @@ from hff_modules.tables import markdown
 MEANS = ("train_seconds", "step_seconds", "peak_memory_mb", "trainable_parameters")
 KNOWN = ("known_units", "new_units")
 OF_ONE = ("test", "history", "lm", "start_from", "language", "reach", "layer_weights", "chosen")
-OF_ONE += ("settings", "dataset")
+OF_ONE += ("dataset",)
+BY_LANGUAGE = ("settings", "data")
 
 
 def together(runs: Sequence[dict[str, Any]], languages: Sequence[str]) -> list[dict[str, Any]]:
@@ -47,7 +48,7 @@ def together(runs: Sequence[dict[str, Any]], languages: Sequence[str]) -> list[d
     entries = []
     for group in groups.values():
         first = group[0]
-        entry = {key: value for key, value in first.items() if key not in OF_ONE}
+        entry = {k: v for k, v in first.items() if k not in (*OF_ONE, *BY_LANGUAGE)}
         failed = [f"{one['language']}: {one['failed']}" for one in group if "failed" in one]
         absent = set(languages) - {one["language"] for one in group}
         if failed or absent:
@@ -65,6 +66,9 @@ def together(runs: Sequence[dict[str, Any]], languages: Sequence[str]) -> list[d
         test |= {name: {"cer": scores[name]["cer"]} for name in languages}
         entry |= {key: statistics.mean(one[key] for one in group) for key in MEANS}
         entry["trainable_parameters"] = round(entry["trainable_parameters"])
+        for key in BY_LANGUAGE:
+            if all(key in one for one in group):
+                entry[key] = {one["language"]: one[key] for one in group}
         entry["per_language"] = {
             one["language"]: {**scores[one["language"]], "train_seconds": one["train_seconds"]}
             | {key: one["start_from"][key] for key in KNOWN if one.get("start_from")}
@@ -93,8 +97,10 @@ def main(argv: Sequence[str]) -> list[dict]:
     for language in languages:
         output = place / language
         line = [sys.executable, "-m", "hff_modules.compare", plan, "--output", str(output)]
+        written = output / "runs.json"
+        before = written.stat().st_mtime_ns if written.is_file() else None
         codes[language] = subprocess.call([*line, *options, "--", *extra, "--language", language])
-        if (output / "runs.json").is_file():
+        if written.is_file() and written.stat().st_mtime_ns != before:  # else it was refused
             found = json.loads((output / "runs.json").read_text(encoding="utf-8"))
             runs += [{**one, "language": language} for one in found]
         if codes[language] < 0 or codes[language] == 130:
@@ -107,6 +113,9 @@ def main(argv: Sequence[str]) -> list[dict]:
     )
     write_atomically(place / "table.md", markdown(entries))
     print(f"\n{markdown(entries)}{place}: measured.json, table.md, and a folder for each language")
+    wrong = [language for language, code in codes.items() if code]
+    if wrong:
+        raise ValueError(f"not all of it was done, see above: {', '.join(wrong)}")
     return entries
 
 

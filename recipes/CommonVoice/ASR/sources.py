@@ -5,12 +5,13 @@ of decoding start from the same one, also at the same time.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from hff_modules.cli import given
+from hff_modules.cli import given, on_command_line
 from hff_modules.files import locked
 from hff_modules.plan import as_argument, as_folder
 
@@ -18,13 +19,17 @@ from hff_modules.plan import as_argument, as_folder
 OF_TARGET = (
     "language dataset source_languages source_options sources_folder start_from few_shot seed "
     "output_folder max_minutes max_dev_minutes number_of_epochs frozen_epochs patience "
-    "batch_seconds max_batch_size testing decoding"
+    "batch_seconds max_batch_size testing decoding test_only fill_only analysis"
+).split()
+# What the first stage gives does not hang on: it is no part of its folder's name.
+FREE = (
+    "num_workers cache cache_gigabytes speed_cache noprogressbar device debug_persistently"
 ).split()
 OF_TARGET_BEGIN = ("lr_", "lm")
 
 
 def train_sources(argv: Sequence[str], train: Callable[[list[str]], object]) -> Path:
-    """Train on the source languages together, unless that was done before.
+    """Train on the source languages together; what was done before is only looked through again.
 
     Arguments
     ---------
@@ -62,13 +67,13 @@ def train_sources(argv: Sequence[str], train: Callable[[list[str]], object]) -> 
     line = list(_without_target(argv))
     for key, value in {"testing": False, **options, "language": languages}.items():
         line += [f"--{key}", as_argument(value)]
-    name = hashlib.sha256("\n".join(line).encode()).hexdigest()[:8]
+    said = {key: words for key, words in on_command_line(line).items() if key not in FREE}
+    name = hashlib.sha256(json.dumps([said], sort_keys=True).encode()).hexdigest()[:8]
     root = Path(str(given(argv, "sources_folder") or "results/sources"))
     folder = root / as_folder("-".join(languages)) / f"{Path(line[0]).stem}-{name}"
     lock = locked(folder.parent / f".{folder.name}.lock")
     with nullcontext() if "RANK" in os.environ else lock:  # a distributed run's processes are one
-        if not (folder / "results.json").is_file():
-            train([*line, "--output_folder", str(folder)])
+        train([*line, "--output_folder", str(folder)])  # refused if settings or data have changed
     return folder
 
 
@@ -77,6 +82,6 @@ def _without_target(argv: Sequence[str]) -> Iterator[str]:
     for word in argv:
         if word.startswith("--"):
             key = word.removeprefix("--")
-            values = key in (*OF_TARGET, "test_only") or key.startswith(OF_TARGET_BEGIN)
+            values = key in OF_TARGET or key.startswith(OF_TARGET_BEGIN)
         if not values:
             yield word

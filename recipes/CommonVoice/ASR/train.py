@@ -11,7 +11,7 @@ from sources import train_sources
 from speechbrain.utils.distributed import run_on_main
 
 from hff_modules.brains import prepared, train_ctc
-from hff_modules.cli import given, run, separated, without_wait
+from hff_modules.cli import check_said, given, run, separated, without_wait
 from hff_modules.config import METHODS, load_config
 from hff_modules.data.writing import clean_text_file
 
@@ -22,7 +22,7 @@ FEW_SHOT = METHODS / "base" / "few_shot.yaml"
 def main(argv: list[str]) -> dict:
     """Run one job; gives what ``results.json`` holds."""
     argv = separated(argv)
-    if given(argv, "source_languages"):
+    if given(argv, "source_languages") and "--test_only" not in argv:
         _check_names(argv)  # before hours of work on the sources
         argv = [*argv, "--start_from", str(train_sources(argv, main))]
     argv = without_wait(argv)
@@ -30,14 +30,18 @@ def main(argv: list[str]) -> dict:
     if isinstance(languages, list) and given(argv, "dataset") is None:
         argv = [*argv, "--dataset", f"commonvoice-{'-'.join(map(str, languages))}"]
     hparams, run_opts = load_config(argv, [BASE, FEW_SHOT] if given(argv, "few_shot") else BASE)
+    check_said(argv, hparams, "few_shot", "source_languages")
     output_folder = Path(hparams["output_folder"])
     keys = "language max_minutes max_dev_minutes max_missing keep_harakat drop_shared_texts"
     options = {key: hparams[key] for key in keys.split()}
     manifests = prepared(hparams, prepare_commonvoice, **options)
     train = [parts["train"] for parts in manifests.values()]
     rules = [hparams["language"], hparams["keep_harakat"]]
+    others = [csv for parts in manifests.values() for part, csv in parts.items() if part != "train"]
     hparams["lm_text"] = run_on_main(
-        clean_text_file, args=[hparams["lm_text"], output_folder / "lm_text.txt", train, *rules]
+        clean_text_file,
+        args=[hparams["lm_text"], output_folder / "lm_text.txt", train, *rules],
+        kwargs={"others": others, "drop_shared_texts": hparams["drop_shared_texts"]},
     )
     return train_ctc(
         hparams,

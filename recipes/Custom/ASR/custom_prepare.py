@@ -29,6 +29,10 @@ SHORT, LONG = 0.5, 30.0  # seconds
 UNUSUAL = 4.0  # spreads from the median of characters per second
 SHOWN = 20  # suspicious rows
 COMMON_VOICE = ("path", "sentence", "client_id")
+LIKELY_MEANT = {
+    "split": ("set", "part", "partition", "subset", "fold"),
+    "speaker": ("spk", "spk_id", "speaker_id", "speakers", "client_id"),
+}
 
 
 def prepare_custom(
@@ -99,7 +103,7 @@ def _read(csv: Path) -> list[dict]:
         raise FileNotFoundError(f"csv {csv}: no such file; expected the columns wav and text")
     delimiter = "\t" if csv.suffix == ".tsv" else ","
     quoting = csv_module.QUOTE_NONE if csv.suffix == ".tsv" else csv_module.QUOTE_MINIMAL
-    wav_column, text_column, speaker_column = _columns(csv, delimiter)
+    wav_column, text_column, speaker_column, split_column = _columns(csv, delimiter)
     rows = read_table(csv, (wav_column, text_column), delimiter, quoting)
     if not rows:
         raise ValueError(f"csv {csv}: there are no rows below the line of headings")
@@ -107,7 +111,7 @@ def _read(csv: Path) -> list[dict]:
     read = []
     for row in rows:
         line = row[LINE]
-        split = (row.get("split") or "").strip().lower()
+        split = (row.get(split_column) or "").strip().lower()
         split = "dev" if split in ALSO_DEV else split
         if split not in (*PARTS, ""):
             raise ValueError(
@@ -135,12 +139,27 @@ def _read(csv: Path) -> list[dict]:
     return read
 
 
-def _columns(csv: Path, delimiter: str) -> tuple[str, str, str]:
-    """The columns of path, text and speaker: ours, or Common Voice's."""
+def _columns(csv: Path, delimiter: str) -> tuple[str, str, str, str]:
+    """The columns of path, text, speaker and split as they are spelt: ours, or Common Voice's.
+
+    Speakers and splits that are overlooked put the user's own test clips into training.
+    """
     with open(csv, encoding="utf-8-sig", errors="replace") as file:
-        header = set(file.readline().strip().split(delimiter))
+        names = next(csv_module.reader(file, delimiter=delimiter), [])
+    spelt = {name.strip().lower(): name for name in names}
     ours, theirs = ("wav", "text", "speaker"), COMMON_VOICE
-    return theirs if header >= set(theirs[:2]) and not header >= set(ours[:2]) else ours
+    chosen = theirs if spelt.keys() >= {*theirs[:2]} and not spelt.keys() >= {*ours[:2]} else ours
+    wanted = (*chosen, "split")
+    for key, others in LIKELY_MEANT.items():
+        meant = [spelt[name] for name in others if name in spelt and name not in wanted]
+        if key in wanted and key not in spelt and meant:
+            raise ValueError(
+                f"csv {csv}: there is no column {key}, but {meant[0]}; call it {key}, or delete it"
+            )
+    unused = [name for key, name in spelt.items() if key not in wanted]
+    if unused and chosen is ours:
+        logger.warning(f"{csv}: columns that are not used: {', '.join(unused)}")
+    return tuple(spelt.get(key, key) for key in wanted)
 
 
 def _usable(csv: Path, rows: Sequence[dict], max_bad_share: float, whole: bool) -> list[dict]:
@@ -217,7 +236,7 @@ def _shared_out(rows: Sequence[dict], key) -> dict[str, str] | None:
             if filled + seconds[group] <= 2 * SHARE * total:
                 parts[group] = part
                 filled += seconds[group]
-        if filled == 0:
+        if filled < SHARE / 2 * total:  # a few clips would choose the epoch, or be the result
             return None
     return parts
 

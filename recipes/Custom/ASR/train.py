@@ -11,7 +11,7 @@ from custom_prepare import prepare_custom
 from speechbrain.utils.distributed import run_on_main
 
 from hff_modules.brains import enter_folder, train_ctc
-from hff_modules.cli import given, run, without_wait
+from hff_modules.cli import check_said, given, run, without_wait
 from hff_modules.config import METHODS, load_config
 from hff_modules.data.writing import clean_text_file
 
@@ -23,6 +23,7 @@ def main(argv: list[str]) -> dict | None:
     """Run one job; gives what ``results.json`` holds, None where only the data is checked."""
     argv = without_wait(argv)
     hparams, run_opts = load_config(argv, [BASE, FEW_SHOT] if given(argv, "few_shot") else BASE)
+    check_said(argv, hparams, "few_shot")
     output_folder = Path(hparams["output_folder"])
     keys = "csv language max_bad_share keep_harakat drop_shared_texts"
     options = {key: hparams[key] for key in keys.split()}
@@ -35,8 +36,11 @@ def main(argv: list[str]) -> dict | None:
     options["save_folder"] = output_folder / "manifests"
     manifests, data_root = run_on_main(prepare_custom, kwargs=options)
     train, rules = [manifests["train"]], [hparams["language"], hparams["keep_harakat"]]
+    others = [csv for part, csv in manifests.items() if part != "train"]
     hparams["lm_text"] = run_on_main(
-        clean_text_file, args=[hparams["lm_text"], output_folder / "lm_text.txt", train, *rules]
+        clean_text_file,
+        args=[hparams["lm_text"], output_folder / "lm_text.txt", train, *rules],
+        kwargs={"others": others, "drop_shared_texts": hparams["drop_shared_texts"]},
     )
     return train_ctc(
         hparams,

@@ -6,6 +6,7 @@ A split is a folder ``speaker/chapter/`` with audio files (flac, wav, opus, ogg 
 ``librispeech_finetuning``. Any other corpus in this shape works as well.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -13,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hff_modules.data.manifest import summarize_manifest, write_manifest
+from hff_modules.data.manifest import read_rows, summarize_manifest, write_manifest
 from hff_modules.data.prepare import ENDINGS, choose_subset, judge, listing, read_durations
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 # Libri-Light: the 10 h set is the 1 h set and 9 h more; the 1 h set is six parts of 10 min.
 LIBRI_LIGHT = {"10h": ("1h", "9h"), "1h": ("1h",), "10min": ("1h/0",)}
 
@@ -32,6 +33,15 @@ class _Found:
     without_audio: list[str] = field(default_factory=list)
     without_transcript: list[str] = field(default_factory=list)
     without_words: list[str] = field(default_factory=list)
+
+    def digest(self) -> str:
+        """Which utterances, where and with which words: by it changed data is noticed."""
+        everything = sorted(
+            (name, str(path), words) for name, (path, words) in self.utterances.items()
+        )
+        problems = [self.without_audio, self.without_transcript, self.without_words]
+        text = json.dumps([everything, problems])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def prepare_librispeech(
@@ -90,9 +100,11 @@ def prepare_librispeech(
         hours = max_hours.get(split)
         name = split.replace("/", "-") + (f"-{hours:g}h" if hours else "")
         path, stamp = save_folder / f"{name}.csv", save_folder / f"{name}.json"
+        found = _find(data_folder, split)
         options = {
             "version": VERSION,
             "data_folder": str(data_folder),
+            "found": found.digest(),
             "split": split,
             "max_hours": hours,
             "max_bad_share": max_bad_share,
@@ -102,13 +114,49 @@ def prepare_librispeech(
             logger.info("%s is up to date: %s", path, summarize_manifest(path))
             continue
         stamp.unlink(missing_ok=True)
-        write_manifest(path, _rows(data_folder, split, hours, max_bad_share))
+        write_manifest(path, _rows(found, data_folder, split, hours, max_bad_share))
         stamp.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
         logger.info("Wrote %s: %s", path, summarize_manifest(path))
     return manifests
 
 
-def _rows(data_folder: Path, split: str, hours: float | None, max_bad_share: float) -> list[dict]:
+def check_splits(
+    manifests: Mapping[str, Path], train: Sequence[str], others: Sequence[str]
+) -> None:
+    """Refuse to score recordings that are trained on; name speakers that are, in a warning.
+
+    Arguments
+    ---------
+    manifests : mapping of str to Path
+        From :func:`prepare_librispeech`.
+    train, others : sequence of str
+        Splits.
+
+    Raises
+    ------
+    ValueError
+        A recording of train is in another split.
+    """
+    rows = {split: read_rows(manifests[split], "").values() for split in {*train, *others}}
+    heard = {column: set() for column in ("wav", "spk_id")}
+    for column, values in heard.items():
+        values |= {row[column] for split in train for row in rows[split]}
+    for split in others:
+        wavs = sorted({row["wav"] for row in rows[split]} & heard["wav"])
+        if wavs:
+            raise ValueError(
+                f"{split}: {len(wavs)} of its recordings are in {', '.join(train)}, too, such as "
+                f"{wavs[0]}: scores would be too good; expected splits that share none"
+            )
+        speakers = sorted({row["spk_id"] for row in rows[split]} & heard["spk_id"])
+        if speakers:
+            logger.warning(
+                "%s: %d speakers (%s) are in train, too: scores there are of known voices",
+                *(split, len(speakers), ", ".join(speakers[:3])),
+            )
+
+
+def _find(data_folder: Path, split: str) -> _Found:
     folders, is_part = _split_folders(data_folder, split)
     found = _Found()
     for folder in folders:
@@ -121,6 +169,12 @@ def _rows(data_folder: Path, split: str, hours: float | None, max_bad_share: flo
         # A limited-supervision list may keep whole chapters' transcripts for a few of their files.
         logger.info("%s: %d transcripts are not part of it", split, len(found.without_audio))
         found.without_audio.clear()
+    return found
+
+
+def _rows(
+    found: _Found, data_folder: Path, split: str, hours: float | None, max_bad_share: float
+) -> list[dict]:
     infos, unreadable = read_durations({name: path for name, (path, _) in found.utterances.items()})
     problems = {
         "transcript without audio": found.without_audio,

@@ -6,7 +6,8 @@ torchrun --nproc_per_node=4 train.py hparams/fusion.yaml --data_folder /data/Lib
 
 from pathlib import Path
 
-from librispeech_prepare import prepare_librispeech
+from librispeech_prepare import check_splits, prepare_librispeech
+from speechbrain.utils.distributed import run_on_main
 
 from hff_modules.brains import prepared, train_ctc
 from hff_modules.cli import run
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> dict:
     train, dev, test = (hparams[f"{part}_splits"] for part in ("train", "dev", "test"))
     splits = [*train, *dev, *test]
     manifests = prepared(hparams, prepare_librispeech, splits, hparams["max_hours"])
+    run_on_main(check_splits, args=[manifests, train, [*dev, *test]])
     return train_ctc(
         hparams,
         run_opts,
