@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy
 import torch
 from tqdm import tqdm
+from transformers.utils import cached_file
 
 from hff_modules.cli import run, usable_device
 from hff_modules.data.audio import AudioError, audio_info, read_audio
@@ -126,7 +126,13 @@ def _is_exported(source: str) -> bool:
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         return False  # builtin, logmel, or a folder that is not there
     try:  # a name on the hub may be of either kind
-        return huggingface_hub.file_exists(source, MANIFEST)
+        found = cached_file(
+            source,
+            MANIFEST,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return found is not None
     except (OSError, ValueError):  # said by whoever loads it
         return False
 
@@ -297,6 +303,11 @@ def dump(
     kind = Archive if target.suffix in (".h5", ".hdf5") else Folder
     _check_names(found, nested=kind is Archive)
     compute, about, encoder = features_of(source, **options)
+    most = encoder.maximum_samples
+    for one in [one for one in found if most and one.seconds * SAMPLE_RATE > most]:
+        found.remove(one)
+        said = f"{one.seconds:.1f} s, but this encoder reads {most / SAMPLE_RATE:.0f} s at most"
+        failures.append(Failure(one.name, said))
     hidden = None if progress else True  # None: a bar in a terminal, nothing in a log file
     with kind(target, about | {"dtype": dtype}) as place:
         todo = [one for one in found if not _is_done(one, place, target, encoder)]

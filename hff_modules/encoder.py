@@ -173,6 +173,10 @@ class SSLEncoder(nn.Module):
         parallel adapters in all layers half the memory). Frozen batch norms stay in evaluation mode
         everywhere, so their statistics do not drift.
         """
+        if mode and getattr(self.model, "is_gradient_checkpointing", False):
+            # Frozen layers stay in evaluation mode, where Hugging Face does without it; and what it
+            # computes again would see the frames of the last batch.
+            raise ValueError("gradient checkpointing saves nothing here; switch it off")
         super().train(mode)
         self._states_below = _states_below(self._family)
         self._mode = horizon, *_ = self._learning()

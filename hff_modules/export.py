@@ -24,7 +24,6 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from torch import nn
-from transformers import AutoModel
 from transformers.utils import cached_file
 
 from hff_modules import adapters, fusion, heads
@@ -57,7 +56,7 @@ from hff_modules.export_texts import COUNTS, card, hyperparams
 from hff_modules.exported import build
 from hff_modules.files import parse_yaml, read_text, write_atomically
 from hff_modules.ngram import LM_FILE
-from hff_modules.source import BUILTIN, PREPROCESSORS
+from hff_modules.source import BUILTIN, PREPROCESSORS, pretrained_model
 
 CARD = "README.md"
 RUN = "a finished run"
@@ -128,10 +127,12 @@ def export(
                 trained.copy_language_model(partial / LM_FILE)
         elif manifest["task"] == "classification":
             write_atomically(partial / LABELS, _json(trained.labels))
-        write_atomically(partial / MANIFEST, _json(manifest))
-        for name, text in hyperparams(manifest).items():
+        for name, text in {**hyperparams(manifest), CARD: card(manifest, about or {})}.items():
             write_atomically(partial / name, text)
-        write_atomically(partial / CARD, card(manifest, about or {}))
+        if manifest["encoder"]["packed"] and Path(manifest["encoder"]["source"]).is_absolute():
+            # Nobody looks for it there any more, and a path tells names.
+            manifest["encoder"]["source"] = Path(manifest["encoder"]["source"]).name
+        write_atomically(partial / MANIFEST, _json(manifest))
         if folder.exists():
             os.replace(folder, before)
         os.replace(partial, folder)
@@ -296,6 +297,8 @@ class TrainedRun:
             A method that cannot be folded in, or nothing to fold.
         """
         encoder = self.encoder
+        # What was trained ran in single precision; what is merged would not.
+        precision = encoder.precision if encoder.horizon >= encoder.top else "fp32"
         if not encoder.adapters:
             raise ExportError("--merge: this run has no adapters to fold into the encoder")
         for name, adapter in encoder.adapters.items():
@@ -304,9 +307,7 @@ class TrainedRun:
             if not adapter.merges:
                 raise ExportError(f"--merge: {name} ({adapter.method}) cannot be folded in")
             adapter.merge()
-        whole = AutoModel.from_pretrained(
-            _place(encoder), revision=encoder.revision, use_safetensors=True, dtype=torch.float32
-        )
+        whole = pretrained_model(_place(encoder), encoder.revision)
         inside = whole.encoder if encoder.model.config.model_type == "whisper" else whole
         state = inside.state_dict()
         with torch.no_grad():
@@ -315,11 +316,11 @@ class TrainedRun:
         whole.save_pretrained(folder)
         for path in _files(encoder, *PREPROCESSORS):
             shutil.copyfile(path, folder / path.name)
-        plain = SSLEncoder(str(folder), layers=encoder.layers, precision=encoder.precision)
+        plain = SSLEncoder(str(folder), layers=encoder.layers, precision=precision)
         before = self.manifest()["encoder"]
         made_on = {**plain.manifest(), "source": before["source"], "revision": before["revision"]}
         del made_on["layers"]
-        more = {"precision": encoder.precision, "packed": True, "merged": list(encoder.adapters)}
+        more = {"precision": precision, "packed": True, "merged": list(encoder.adapters)}
         return {
             "encoder": made_on | more,
             "horizon": encoder.top,
@@ -401,6 +402,8 @@ def pack_encoder(encoder: SSLEncoder, folder: Path) -> None:
         names = {n for path in shards for n in read_json(path)["weight_map"].values()}
         weights = [*shards, *_files(encoder, *sorted(names))]
     folder.mkdir(parents=True)
+    if not weights:  # safetensors of Hugging Face's converter, which lie elsewhere
+        pretrained_model(_place(encoder), encoder.revision).save_pretrained(folder)
     for path in [*files, *weights]:
         shutil.copyfile(path, folder / path.name)
 

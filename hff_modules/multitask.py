@@ -66,7 +66,7 @@ class MultiTask:
         manifests = {task: read_manifest(folder) for task, folder in folders.items()}
         given = encoder is not None or base is not None
         if encoder is None:
-            encoder = _shared_encoder(folders, manifests, base)
+            encoder = _shared_encoder(folders, manifests, base, self.device)
         self.encoder = encoder.to(self.device).eval()
         self.tasks: dict[str, Exported] = {}
         for task, folder in folders.items():
@@ -217,7 +217,10 @@ class MultiTask:
 
 
 def _shared_encoder(
-    folders: Mapping[str, Path], manifests: Mapping[str, dict], base: str | None
+    folders: Mapping[str, Path],
+    manifests: Mapping[str, dict],
+    base: str | None,
+    device: torch.device,
 ) -> SSLEncoder:
     """The encoder of the model that reads the highest layer, with the layers of all of them."""
     layers = sorted({number for manifest in manifests.values() for number in manifest["layers"]})
@@ -229,7 +232,7 @@ def _shared_encoder(
                 f"{one!r} ({folders[one]}) was made with the encoder in {precision}, {other!r} "
                 f"({folders[other]}) in {manifest['encoder']['precision']}; give the encoder to use"
             )
-    return base_encoder(folders[highest], {**manifests[highest], "layers": layers}, base)
+    return base_encoder(folders[highest], {**manifests[highest], "layers": layers}, base, device)
 
 
 def _check_base(

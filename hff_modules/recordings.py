@@ -15,7 +15,7 @@ import soundfile
 import torch
 import torchaudio
 
-from hff_modules.data.audio import NO_SOUND, AudioError, audio_info, is_sound
+from hff_modules.data.audio import NO_SOUND, AudioError, audio_info, is_sound, printable
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class Failure:
     reason: str
 
     def __str__(self) -> str:
-        return self.reason if self.name in self.reason else f"{self.name}: {self.reason}"
+        name, reason = printable(self.name), printable(self.reason)
+        return reason if name in reason else f"{name}: {reason}"
 
 
 def is_audio(path: Path) -> bool:

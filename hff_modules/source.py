@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -54,12 +55,21 @@ def load_family(source: str, pretrained: bool, revision: str | None, seed: int) 
             f"encoder {name!r} is of the family {model_type!r}; "
             f"known families: {', '.join(sorted(FAMILIES))}"
         )
-    model = _pretrained(name, revision) if pretrained else _random(name, revision, seed)
+    model = pretrained_model(name, revision) if pretrained else _random(name, revision, seed)
     model = model.encoder if model_type == "whisper" else model
     return FAMILIES[model_type](model, _preprocessor(name, revision))
 
 
-def _pretrained(name: str, revision: str | None) -> nn.Module:
+def pretrained_model(name: str, revision: str | None) -> nn.Module:
+    """Hugging Face's model of a folder or hub name, in single precision.
+
+    Raises
+    ------
+    OSError
+        No such model, or none as safetensors.
+    ValueError
+        Its weights lack tensors.
+    """
     if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
         raise FileNotFoundError(
             f"encoder folder {name!r} has no *.safetensors file; weights in other formats are not "
@@ -119,14 +129,20 @@ def _random(name: str, revision: str | None, seed: int) -> nn.Module:
 
 def _preprocessor(name: str, revision: str | None) -> dict:
     # A processor that transformers 5 saved has the settings of its feature extractor inside.
-    plain, nested = (_optional(name, file, revision) for file in PREPROCESSORS)
-    return plain if plain is not None else (nested or {}).get("feature_extractor", {})
+    plain, nested = PREPROCESSORS
+    found = _optional(name, plain, revision)
+    if found is None:
+        found = (_optional(name, nested, revision) or {}).get("feature_extractor", {})
+    return found
 
 
 def _optional(name: str, file: str, revision: str | None) -> dict | None:
     path = Path(name) / file
     if not Path(name).is_dir():
         found = _cached(name, file, revision)
+        if found is None and try_to_load_from_cache(name, file, revision=revision) is None:
+            # Without it audio would be normalised by defaults, and states would be others.
+            raise OSError(f"{name}: {file} is not in the cache, and the hub cannot be asked for it")
         path = Path(found) if found else path
     return _read_json(path) if path.is_file() else None
 

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -210,6 +211,24 @@ def test_unreadable_recordings_are_named_and_the_others_are_done(
     assert "gone.wav: no such audio file" in said and "text.wav: not a readable" in said
     found = read_folder(tmp_path / "out")
     assert found.keys() == {"good", "short"} and found["short"].shape == (1, 1, 24)
+
+
+def test_recordings_that_are_too_long_and_names_in_other_codes_are_named(
+    make_encoder_folder, tmp_path, capsys
+):
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    encoder = SSLEncoder(make_encoder_folder("whisper"), layers="last:1")
+    most = encoder.maximum_samples
+    for name, samples in (("a", most // 2), ("b", most + 8000)):
+        soundfile.write(folder / f"{name}.wav", numpy.full(samples, 0.1), 16000)
+    shutil.copyfile(folder / "a.wav", os.fsencode(folder) + b"/caf\xe9.wav")
+    line = [make_encoder_folder("whisper"), str(folder), str(tmp_path / "out.h5"), "--layers", "1"]
+    with pytest.raises(SystemExit):
+        dump.main(line)
+    said = capsys.readouterr().err
+    assert "b.wav: " in said and "but this encoder reads" in said and "caf\\udce9.wav" in said
+    assert read_archive(tmp_path / "out.h5").keys() == {"a"}
 
 
 def test_what_would_overwrite_or_mix_is_refused(encoder_folder, learned, tmp_path):  # noqa: F811

@@ -569,3 +569,27 @@ except FileNotFoundError as error:
     assert found[0] == found[1] == f"{COMMIT} {fingerprint}" and found[2] == f"None {fingerprint}"
     assert found[3].startswith("encoder 'lab/pickled' has no safetensors, nor could")
     assert "AutoModel.from_pretrained('lab/pickled').save_pretrained('folder')" in found[3]
+
+
+def test_a_preprocessor_that_cannot_be_looked_up_is_not_replaced_by_defaults(
+    encoder_folder, tmp_path
+):
+    place = cached_repository(tmp_path, encoder_folder)
+    (place / "preprocessor_config.json").unlink()  # as AutoModel alone would leave the cache
+    program = """
+from hff_modules import SSLEncoder
+try:
+    SSLEncoder("lab/tiny")
+except OSError as error:
+    print(error)
+"""
+    (said, *_) = without_network(tmp_path, program)
+    assert said.startswith("lab/tiny: preprocessor_config.json is not in the cache")
+
+
+def test_gradient_checkpointing_is_refused(encoder_folder):
+    encoder = SSLEncoder(encoder_folder)
+    encoder.model.gradient_checkpointing_enable()
+    encoder.eval()
+    with pytest.raises(ValueError, match="gradient checkpointing saves nothing here"):
+        encoder.train()

@@ -16,6 +16,7 @@ from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.inference.speaker import SpeakerRecognition
 
 from hff_modules import HierarchicalFusion, SSLEncoder, adapters
+from hff_modules import export as export_module
 from hff_modules.brains import CTCBrain, train_classification, train_ctc, train_speaker
 from hff_modules.checkpoint import write_tensors
 from hff_modules.config import load_config
@@ -294,6 +295,7 @@ def test_packed_models_need_no_other_folder(trained, tones, tmp_path):
     export(folder, tmp_path / "model", pack=True)
     hff = tmp_path / "model" / "hff.json"
     manifest = json.loads(hff.read_text())
+    assert "/" not in manifest["encoder"]["source"], "a path tells names"
     manifest["encoder"]["source"] = "/gone"
     hff.write_text(json.dumps(manifest))
     model = load_exported(tmp_path / "model")
@@ -314,6 +316,36 @@ def test_a_merged_model_is_a_plain_encoder_that_gives_the_same(trained, tones, t
         torch.testing.assert_close(outputs[0], expected, rtol=0, atol=1e-4)
     plain = SSLEncoder(str(tmp_path / "model" / "encoder"))
     assert plain.num_layers == 4 and plain.fingerprint != model.manifest["encoder"]["source"]
+
+
+@pytest.mark.parametrize("method", ["lora", "top_k"])
+def test_what_was_trained_above_a_trunk_in_half_precision_stays_in_single(
+    trained, tmp_path, method
+):
+    folder, _ = trained(method, "--encoder_precision", "bf16", "--cache", "null")
+    export(folder, tmp_path / "model", merge=True)
+    assert load_exported(tmp_path / "model").encoder.precision == "fp32"
+
+
+def test_weights_that_lie_elsewhere_are_packed_too(encoder_folder, tmp_path, monkeypatch):
+    encoder = SSLEncoder(encoder_folder)
+    found = export_module._files
+    # As of a hub repository without safetensors on its main branch.
+    monkeypatch.setattr(
+        export_module, "_files", lambda e, *n: [p for p in found(e, *n) if p.suffix == ".json"]
+    )
+    export_module.pack_encoder(encoder, tmp_path / "packed")
+    assert SSLEncoder(str(tmp_path / "packed")).fingerprint == encoder.fingerprint
+
+
+def test_an_encoder_of_fp16_runs_in_fp32_on_a_cpu(trained, tmp_path):
+    folder, _ = trained("weighted_sum")
+    export(folder, tmp_path / "model")
+    hff = tmp_path / "model" / "hff.json"
+    manifest = json.loads(hff.read_text())
+    manifest["encoder"]["precision"] = "fp16"
+    hff.write_text(json.dumps(manifest))
+    assert load_exported(tmp_path / "model").encoder.precision == "fp32"
 
 
 def test_what_cannot_be_folded_in_is_refused_and_nothing_is_left(trained, tmp_path):

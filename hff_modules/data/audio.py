@@ -66,13 +66,18 @@ def audio_info(path: str | os.PathLike) -> AudioInfo:
     _check_file(path)
     try:
         info = soundfile.info(os.fspath(path))
-    except (soundfile.SoundFileError, OSError) as error:
-        raise AudioError(f"{path}: not a readable audio file ({error})") from error
+    except (soundfile.SoundFileError, OSError, UnicodeError) as error:
+        raise AudioError(f"{printable(path)}: not a readable audio file ({error})") from error
     if info.frames <= 0:
         raise AudioError(f"{path}: the audio file has no samples")
     _check_length(path, info.frames)
     _check_rate(path, info.samplerate)
     return AudioInfo(info.frames / info.samplerate, info.samplerate, info.channels, info.frames)
+
+
+def printable(path: str | os.PathLike) -> str:
+    """A path as it can be printed and written, also one that is not UTF-8."""
+    return os.fspath(path).encode("utf-8", "backslashreplace").decode()
 
 
 def check_end(path: str | os.PathLike) -> None:
@@ -87,7 +92,7 @@ def check_end(path: str | os.PathLike) -> None:
         with soundfile.SoundFile(os.fspath(path)) as file:
             file.seek(int(0.99 * file.frames))
             whole = len(file.read(1)) > 0
-    except (soundfile.SoundFileError, OSError):
+    except (soundfile.SoundFileError, OSError, UnicodeError):
         whole = False
     if not whole:
         raise AudioError(f"{path}: {BREAKS_OFF}")
@@ -110,8 +115,8 @@ def check_all(path: str | os.PathLike) -> None:
                 decoded += len(block)
                 if not is_sound(torch.from_numpy(block)):
                     raise AudioError(f"{path}: {NO_SOUND}")
-    except (soundfile.SoundFileError, OSError) as error:
-        raise AudioError(f"{path}: not a readable audio file ({error})") from error
+    except (soundfile.SoundFileError, OSError, UnicodeError) as error:
+        raise AudioError(f"{printable(path)}: not a readable audio file ({error})") from error
     _check_decoded(path, decoded, expected)
 
 
@@ -150,8 +155,8 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000) -> torch.Tenso
             rate, expected = file.samplerate, file.frames
             _check_length(path, expected)
             samples = file.read(dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise AudioError(f"{path}: not a readable audio file ({error})") from error
+    except (soundfile.SoundFileError, OSError, UnicodeError) as error:
+        raise AudioError(f"{printable(path)}: not a readable audio file ({error})") from error
     if len(samples) == 0:
         raise AudioError(f"{path}: the audio file has no samples")
     _check_decoded(path, len(samples), expected)
