@@ -173,7 +173,7 @@ class SSLEncoder(nn.Module):
         parallel adapters in all layers half the memory). Frozen batch norms stay in evaluation mode
         everywhere, so their statistics do not drift.
         """
-        if mode and getattr(self.model, "is_gradient_checkpointing", False):
+        if mode and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
             # Frozen layers stay in evaluation mode, where Hugging Face does without it; and what it
             # computes again would see the frames of the last batch.
             raise ValueError("gradient checkpointing saves nothing here; switch it off")

@@ -102,7 +102,7 @@ def test_splits_that_share_recordings_are_refused_and_shared_speakers_named(data
     add_chapter(data / "more", "84", "5", count=1)
     manifests = prepare_librispeech(data, save, ["train-clean-5", "dev-mini", "more"])
     check_splits(manifests, ["train-clean-5"], ["dev-mini", "more"])
-    assert not caplog.records
+    assert "in train, too" not in caplog.text
     check_splits(manifests, ["more"], ["dev-mini"])
     assert "dev-mini: 1 speakers (84) are in train, too" in caplog.text
     with pytest.raises(

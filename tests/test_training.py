@@ -113,7 +113,8 @@ def test_every_method_trains_tests_and_leaves_its_results(
         == (
             "task dataset method encoder layers horizon trainable_encoder_parameters "
             "trainable_parameters total_parameters train_seconds step_seconds "
-            "audio_seconds_per_second peak_memory_mb epochs seed settings dev test history versions"
+            "audio_seconds_per_second peak_memory_mb epochs processes seed settings data dev "
+            "test history versions"
         ).split()
     )
     assert written["method"] == method and written["epochs"] == 1
