@@ -1,6 +1,7 @@
 """A file is under its name whole, the old or the new; what cannot be read is named; locks."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -13,6 +14,8 @@ from typing import IO, Any
 import ruamel.yaml
 
 logger = logging.getLogger(__name__)
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # some network file systems
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -141,6 +144,10 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[IO]:
                 raise BlockingIOError(busy) from None
             logger.warning("%s; waiting for its end", busy)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning("%s: this file system has no locks; let one job work here", path)
         yield file
 
 

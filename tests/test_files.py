@@ -1,5 +1,8 @@
+import errno
+
 import pytest
 
+from hff_modules import files
 from hff_modules.files import parse_yaml, read_json, read_text
 
 
@@ -15,6 +18,15 @@ def test_a_damaged_file_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=str(path)):
         read_json(path)
+
+
+def test_a_file_system_without_locks_is_worked_on_with_a_warning(tmp_path, monkeypatch, caplog):
+    def refused(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refused)
+    with files.locked(tmp_path / ".lock", wait=False):
+        assert "this file system has no locks" in caplog.text
 
 
 def test_a_text_of_another_encoding_is_named(tmp_path):

@@ -146,7 +146,7 @@ def check_splits(
         if wavs:
             raise ValueError(
                 f"{split}: {len(wavs)} of its recordings are in {', '.join(train)}, too, such as "
-                f"{wavs[0]}: scores would be too good; expected splits that share none"
+                f"{wavs[0].lstrip('/')}: scores would be too good; expected splits that share none"
             )
         speakers = sorted({row["spk_id"] for row in rows[split]} & heard["spk_id"])
         if speakers:
