@@ -195,3 +195,31 @@ def test_folds_of_one_seed_make_one_row_that_names_them():
     lines = markdown([fold(2, 60.0), fold(1, 80.0), other]).splitlines()
     assert " that of fold 1 |" in lines[0]
     assert "| 1, 2 | 80.0 |" in lines[2] and "| 1 | 75.0 |" in lines[3], "all folds first"
+
+
+OF_THE_README = {
+    "half an hour of English": "LibriSpeech/ASR/measured.json",
+    "an hour of French": "CommonVoice/ASR/hour-fr.json",
+    "39 minutes of Malayalam": "CommonVoice/ASR/hour-ml.json",
+    "seventy clips of ten languages": "CommonVoice/ASR/few_shot.json",
+    "Arabic command words": "ArabicSpeechCommands/keyword/measured.json",
+    "French voices": "CommonVoice/SpeakerRec/measured.json",
+    "German emotions": "EmoDB/emotion/measured.json",
+    "English intents": "SpeechToIntent/intent/measured.json",
+}
+
+
+@pytest.mark.parametrize("what", OF_THE_README)
+def test_the_first_readme_has_the_numbers_of_the_recipes(what):
+    root = Path(__file__).parents[1]
+    (line,) = (
+        s for s in (root / "README.md").read_text().splitlines() if s.startswith(f"| {what},")
+    )
+    name, *numbers = (cell.strip() for cell in line.strip("|").split("|"))
+    score = name.rpartition(", ")[2].removesuffix(" %").lower().replace(" ", "_")
+    runs = json.loads((root / "recipes" / OF_THE_README[what]).read_text())
+    found = []
+    for method in ("last_layer", "fusion", "full_finetune"):
+        tests = [next(iter(r["test"].values())) for r in runs if r.get("label") == method]
+        found.append(f"{sum(test[score] for test in tests) / len(tests):.1f}")
+    assert found == numbers
