@@ -251,12 +251,15 @@ class SpeechSegments(torch.utils.data.Dataset):
     warp : float
         Each piece of "train" is heard with frequencies times 1 - `warp` to 1 + `warp`
         (vocal tract length perturbation, Jaitly & Hinton, 2013); its codes stay what they are.
+    bands : dict
+        Each piece of "train" is heard without `count` bands of up to `width` mels.
     """
 
-    def __init__(self, prepared, part, codes, max_frames, mask, warp=0.0):
+    def __init__(self, prepared, part, codes, max_frames, mask, warp=0.0, bands=None):
         self.features, rows = load_prepared(prepared, part)
         self.codes = np.load(codes, mmap_mode="r")
         self.part, self.mask, self.warp = part, mask, warp
+        self.bands = bands or {"count": 0, "width": 0}
         pieces = targets.cut_evenly(rows, max_frames)
         self.segments = [piece for piece in pieces if piece[1] >= mask["frames"]]
         short = len(pieces) - len(self.segments)
@@ -290,6 +293,8 @@ class SpeechSegments(torch.utils.data.Dataset):
                 if self.part == "train" and self.warp:
                     factor = random.uniform(1 - self.warp, 1 + self.warp)
                     frames = targets.warped(frames, factor)
+                if self.part == "train" and self.bands["count"]:
+                    frames = targets.without_bands(frames, **self.bands)
                 features[row, :count] = torch.from_numpy(frames)
                 codes[row, :count] = torch.from_numpy(self.codes[span].astype(np.int64))
                 valid[row, :count] = True

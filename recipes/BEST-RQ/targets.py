@@ -7,6 +7,7 @@ Hsu et al., arXiv 2106.07447.
 import functools
 import math
 import os
+import random
 
 import numpy as np
 import torch
@@ -232,6 +233,31 @@ def warped(features, factor, num_mels=80, low=20.0, high=8000.0):
     mixing[below, np.arange(num_mels)] += 1 - share
     mixing[below + 1, np.arange(num_mels)] += share
     return (mels @ mixing).reshape(features.shape)
+
+
+def without_bands(features, count, width, num_mels=80):
+    """Log-mels with bands set to zero, the mean: SpecAugment's frequency masks (Park et al., 2019).
+
+    Arguments
+    ---------
+    features : np.ndarray
+        (N, stride * num_mels), float32
+    count : int
+        Bands, which may overlap.
+    width : int
+        Of each from 0 to this many mels, drawn anew.
+
+    Returns
+    -------
+    np.ndarray
+        (N, stride * num_mels)
+    """
+    mels = features.reshape(-1, num_mels).copy()
+    for _ in range(count):
+        wide = random.randint(0, width)
+        first = random.randint(0, num_mels - wide)
+        mels[:, first : first + wide] = 0.0
+    return mels.reshape(features.shape)
 
 
 def random_projection(features, codebooks, codes, width=16, seed=0):

@@ -178,6 +178,11 @@ def main(argv):
     folder = Path(hparams["output_folder"])
     if not 0 <= hparams["warp"] < 1:
         raise ValueError(f"warp={hparams['warp']}: expected 0 to below 1, such as 0.1")
+    if not 0 <= hparams["dropout"] < 1:
+        raise ValueError(f"dropout={hparams['dropout']}: expected 0 to below 1, such as 0.1")
+    bands = dict(hparams["bands"])
+    if set(bands) != {"count", "width"} or not (bands["count"] >= 0 and 0 <= bands["width"] <= 80):
+        raise ValueError(f"bands={bands}: expected a count, and a width of 0 to 80 mels")
     if not (folder / "targets.json").exists():  # else the teacher is no longer needed
         views_and_layers(hparams)
     if hparams["max_frames"] < hparams["mask"]["frames"]:
@@ -217,7 +222,7 @@ def pretrain(hparams, run_opts, folder):
     segments = {
         part: SpeechSegments(
             *(prepared, part, folder / "codes.npy"),
-            *(hparams[key] for key in ("max_frames", "mask", "warp")),
+            *(hparams[key] for key in ("max_frames", "mask", "warp", "bands")),
         )
         for part in ("train", "valid")
     }

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 
 import masked_speech
 import numpy as np
@@ -87,13 +88,15 @@ def test_growing_to_a_depth_that_is_no_multiple_is_refused():
         masked_speech.grow_from(small, large)
 
 
-def test_warping_changes_what_is_heard_in_training_and_neither_codes_nor_masks(trained):
+@pytest.mark.parametrize("changed", [{"warp": 0.2}, {"bands": {"count": 2, "width": 40}}])
+def test_only_training_hears_what_is_changed_and_codes_and_masks_stay(trained, changed):
     prepared, codes = trained / "prepared", trained / "run" / "codes.npy"
     mask = {"share": 0.5, "frames": 4}
     for part in ("train", "valid"):
         batches = []
-        for warp in (0.0, 0.2):
-            segments = masked_speech.SpeechSegments(prepared, part, codes, 17, mask, warp)
+        for given in ({}, changed):
+            segments = masked_speech.SpeechSegments(prepared, part, codes, 17, mask, **given)
+            random.seed(0)
             torch.manual_seed(0)
             batches.append(segments.collate([0, 1, 2]))
         (plain, valid, _, named), (heard, same_valid, _, same_named) = batches

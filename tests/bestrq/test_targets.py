@@ -113,6 +113,18 @@ def test_position_scores_are_those_of_an_embedding_for_every_pair_of_frames():
     torch.testing.assert_close(targets.relative_key_scores(attention, query, query)[1], expected)
 
 
+def test_bands_are_silenced_in_all_frames_and_nothing_else():
+    features = np.ones((5, 320), np.float32)
+    silenced = set()
+    for _ in range(200):
+        heard = targets.without_bands(features, 1, 20).reshape(-1, 80)
+        assert (heard == heard[0]).all()
+        band = np.flatnonzero(heard[0] == 0)
+        assert len(band) <= 20 and (np.diff(band) == 1).all()
+        silenced.update(band)
+    assert features.all() and silenced == set(range(80))
+
+
 @pytest.mark.parametrize("factor", [0.85, 1.0, 1.15])
 def test_a_peak_is_heard_at_its_frequency_times_the_factor(factor):
     filters = mel_filter_bank(4097, 80, 20, 8000, 16000, None, "kaldi", True)

@@ -140,6 +140,8 @@ def test_what_cannot_work_is_refused_before_the_recordings_are_read(speech, tmp_
         ({"init": small}, "init has intermediate_size=48, expected 96"),
         ({"hidden_size": 50}, "hidden_size=50: expected a multiple of the 4 attention heads"),
         ({"warp": 1}, "warp=1: expected 0 to below 1"),
+        ({"bands": "{count: 1, width: 90}"}, "bands=.*'width': 90.*0 to 80 mels"),
+        ({"dropout": 1.5}, "dropout=1.5: expected 0 to below 1"),
         ({"max_frames": 3}, "max_frames=3: expected no less than .*'frames': 4"),
     ]:
         with pytest.raises(ValueError, match=message):
