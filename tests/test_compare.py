@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hff_modules import compare, comparison, plots, tables
+from hff_modules import compare, comparison, plots, runner, tables
 from hff_modules.config import METHODS, find_method, merge_files
 from hff_modules.plan import PlanError, as_folder, make_plan, read_plan
 from tests.test_training import make_speech
@@ -280,7 +280,7 @@ def test_what_would_undo_seeds_or_a_grid_is_refused(recipe):
 def test_the_reason_of_a_failure_is_that_of_the_last_try(tmp_path):
     log = tmp_path / "output.txt"
     log.write_text("$ run\nerror: no such folder\n$ run\nTraceback\nRuntimeError: out of memory\n")
-    assert compare.why_failed(1, log) == "RuntimeError: out of memory"
+    assert runner.why_failed(1, log) == "RuntimeError: out of memory"
 
 
 def test_a_row_with_failed_trials_only_fails_and_one_with_a_good_one_does_not(recipe):
@@ -354,17 +354,17 @@ def test_settings_of_a_grid_that_share_a_folder_are_refused(recipe):
 def test_of_gpus_that_are_named_only_those_are_used(recipe, monkeypatch):
     plan = make_plan({"recipe": "train.py", "methods": ["a"]}, recipe / "plan.yaml")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-1f")
-    assert compare._environment("cuda:0", 1)["CUDA_VISIBLE_DEVICES"] == "4"
-    assert compare._environment("cuda:1", 1)["CUDA_VISIBLE_DEVICES"] == "GPU-1f"
+    assert runner._environment("cuda:0", 1)["CUDA_VISIBLE_DEVICES"] == "4"
+    assert runner._environment("cuda:1", 1)["CUDA_VISIBLE_DEVICES"] == "GPU-1f"
     with pytest.raises(PlanError, match="--devices cuda:2: CUDA_VISIBLE_DEVICES has only 4,GPU-1f"):
-        compare.Runner(plan, 2, ["cuda:0", "cuda:2"])
+        runner.Runner(plan, 2, ["cuda:0", "cuda:2"])
 
 
 def test_jobs_run_side_by_side_with_their_share_of_the_cores(recipe, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
-    assert compare._environment(None, 1)["OMP_NUM_THREADS"] == str(cores)
-    assert compare._environment(None, 99)["OMP_NUM_THREADS"] == "1"
+    assert runner._environment(None, 1)["OMP_NUM_THREADS"] == str(cores)
+    assert runner._environment(None, 99)["OMP_NUM_THREADS"] == "1"
     keys = {"methods": ["a", "b"], "seeds": [1, 2], "options": {"wait": 1}}
     carry_out(recipe, "--jobs", "4", **keys)
     told = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "/4] " in line]
@@ -373,13 +373,13 @@ def test_jobs_run_side_by_side_with_their_share_of_the_cores(recipe, monkeypatch
 
 def test_devices_are_handed_out_in_turn(recipe, monkeypatch):
     plan = make_plan({"recipe": "train.py", "methods": ["a"]}, recipe / "plan.yaml")
-    runner = compare.Runner(plan, 3, ["cuda:0", "cuda:1"])
-    assert runner.free == ["cuda:0", "cuda:1", "cuda:0"]
+    started = runner.Runner(plan, 3, ["cuda:0", "cuda:1"])
+    assert started.free == ["cuda:0", "cuda:1", "cuda:0"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert compare._environment("cuda:1", 1)["CUDA_VISIBLE_DEVICES"] == "1"
+    assert runner._environment("cuda:1", 1)["CUDA_VISIBLE_DEVICES"] == "1"
     (run,) = comparison.pending(plan, {})
-    assert compare.command(plan, run, "cuda:1")[-2:] == ["--device", "cuda:0"]
-    assert compare.command(plan, run, "cpu")[-2:] == ["--device", "cpu"]
+    assert runner.command(plan, run, "cuda:1")[-2:] == ["--device", "cuda:0"]
+    assert runner.command(plan, run, "cpu")[-2:] == ["--device", "cpu"]
 
 
 def test_a_run_that_takes_too_long_is_ended(recipe):
