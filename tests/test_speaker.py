@@ -159,6 +159,18 @@ def test_stored_states_train_like_waveforms_and_a_run_is_tested_again(job, tmp_p
     assert job(tmp_path / "stored", *store, "--test_only") == stored
 
 
+def test_trials_and_cohort_are_computed_in_the_precision_of_evaluation(job, tmp_path, monkeypatch):
+    autocast, forward = [], SpeakerBrain.compute_forward
+
+    def watched(brain, batch, stage):
+        autocast.extend([torch.is_autocast_enabled("cpu")] * (stage != sb.Stage.TRAIN))
+        return forward(brain, batch, stage)
+
+    monkeypatch.setattr(SpeakerBrain, "compute_forward", watched)
+    job(tmp_path, "--eval_precision", "bf16")
+    assert autocast and all(autocast)
+
+
 def test_without_a_cohort_there_is_no_s_norm(job, tmp_path):
     results = job(tmp_path, "--cohort_speakers", "0")
     assert results["test"]["test"].keys() == {"eer", "min_dcf"}

@@ -232,6 +232,20 @@ def test_a_finished_run_can_be_tested_again_without_training(job, tmp_path):
     assert first["dev"] == {name: best[name] for name in ("loss", "wer", "cer")}
 
 
+def test_weights_of_a_language_model_are_chosen_in_the_precision_of_evaluation(
+    job, tmp_path, monkeypatch
+):
+    autocast, forward = [], CTCBrain.compute_forward
+
+    def watched(brain, batch, stage):
+        autocast.extend([torch.is_autocast_enabled("cpu")] * (stage != Stage.TRAIN))
+        return forward(brain, batch, stage)
+
+    monkeypatch.setattr(CTCBrain, "compute_forward", watched)
+    job(tmp_path, "--eval_precision", "bf16", "--lm", "char")
+    assert autocast and all(autocast)
+
+
 def test_test_sets_stay_untouched_until_asked_for(job, tmp_path, monkeypatch):
     stored, filled_cache = [], HeadFirst.filled_cache
 

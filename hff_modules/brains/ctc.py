@@ -160,7 +160,7 @@ class CTCBrain(SSLBrain):
         """Log probabilities (frames, units) and references."""
         self.modules.eval()
         found = []
-        with torch.no_grad():
+        with torch.no_grad(), self.evaluation_ctx:
             for batch in self.dev_loader:
                 log_probs, lengths = self.compute_forward(batch, sb.Stage.VALID)
                 outputs = zip(log_probs.cpu(), lengths.tolist(), strict=True)

@@ -95,7 +95,8 @@ class SpeakerBrain(SSLBrain):
         self.modules.eval()
         of_speaker: dict[str, list[torch.Tensor]] = {}
         for batch in self.cohort_loader:
-            embeddings = self.compute_forward(batch, sb.Stage.TEST).cpu()
+            with self.evaluation_ctx:  # eval_precision, as for the trials
+                embeddings = self.compute_forward(batch, sb.Stage.TEST).cpu()
             for name, embedding in zip(batch.id, embeddings, strict=True):
                 unit = nn.functional.normalize(embedding, dim=0)
                 of_speaker.setdefault(self.cohort_speakers[name], []).append(unit)
