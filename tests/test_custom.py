@@ -175,7 +175,7 @@ def test_files_that_cannot_serve_are_refused(tmp_path, save):
         (
             '"three, one!"',
             '"three, one!',
-            "line .*: a text goes over several lines; is a quotation",
+            "line .*: a text goes over several lines, in the column text; is a quotation",
         ),
     ],
 )
@@ -186,6 +186,43 @@ def test_texts_that_a_comma_or_an_open_quotation_mark_would_cut_are_refused(
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=message):
         prepare_custom(path, save)
+
+
+def test_an_open_quotation_mark_in_a_column_that_is_not_used_is_refused(tmp_path, save):
+    rows = recordings(tmp_path, notes=lambda n: "fine")
+    path = write_csv(tmp_path / "my.csv", rows)
+    for line in (5, 20):
+        lines = path.read_text().splitlines()
+        lines[line] = lines[line].replace("fine", '"once more')
+        path.write_text("\n".join(lines) + "\n")
+        with pytest.raises(ValueError, match="in the column notes; is a quotation mark left open"):
+            prepare_custom(path, save)
+
+
+def test_a_tab_in_a_text_of_a_tsv_file_is_refused(tmp_path, save):
+    rows = recordings(tmp_path)
+    lines = ["wav\ttext", *(f"{row['wav']}\t{row['text']}" for row in rows)]
+    lines[3] += "\tmore of it"
+    (tmp_path / "my.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="line 4: expected 2 fields; is there a tab in a text"):
+        prepare_custom(tmp_path / "my.tsv", save)
+
+
+@pytest.mark.parametrize(("speakers", "train"), [(5, 18), (10, 24), (15, 22)])
+def test_dev_and_test_take_about_a_tenth_each(tmp_path, save, speakers, train):
+    rows = recordings(tmp_path, speaker=lambda n: f"speaker {n % speakers}")
+    made = parts(prepare_custom(write_csv(tmp_path / "my.csv", rows), save)[0])
+    assert len(made["train"]) == train and len(made["dev"]) == len(made["test"])
+
+
+def test_the_report_has_the_warnings_too(tmp_path, save):
+    rows = recordings(tmp_path, split=lambda n: ["train", "dev", "test"][n % 3])
+    rows[0]["wav"], rows[3]["text"] = "audio/gone.wav", "12 of 20"
+    prepare_custom(write_csv(tmp_path / "my.csv", rows), save)
+    report = (save / "report.txt").read_text()
+    assert "no such file: 1 (line 2" in report and "train: 1 sentences with numbers" in report
+    assert "utterances of" in report and "1 of 9 rows left out" in report
+    assert not logging.getLogger("hff_modules").handlers, "nothing is collected any more"
 
 
 def test_lines_are_counted_as_an_editor_does(tmp_path, save):

@@ -3,13 +3,15 @@
 A recipe reads the tables or folders of its data set into rows; :func:`write_parts` does the rest.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
+import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -95,8 +97,8 @@ def read_table(
     Raises
     ------
     ValueError
-        A column is not there, a line is too short or too long, there is a line break in one of
-        the columns, or the file is not UTF-8.
+        A column is not there, a line is too short or too long, there is a line break in a field, or
+        the file is not UTF-8.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # Excel begins with a BOM
@@ -111,15 +113,19 @@ def read_table(
             rows = []
             for row in reader:
                 line, extra = reader.line_num, row.pop(None, [])
-                if any("\n" in (row[column] or "") for column in columns):
+                open_at = [column for column, value in row.items() if "\n" in (value or "")]
+                if open_at:  # in any column: what is lost are rows
                     raise ValueError(
-                        f"{path}, line {line}: a text goes over several lines; is a quotation mark "
-                        "left open?"
+                        f"{path}, line {line}: a text goes over several lines, in the column "
+                        f"{open_at[0]}; is a quotation mark left open?"
                     )
-                cut = delimiter == "," and any(map(str.strip, extra))
+                cut = any(map(str.strip, extra))
                 if any(row[column] is None for column in columns) or cut:
-                    quotes = "; a text with commas needs quotation marks around it" * cut
-                    raise ValueError(f"{path}, line {line}: expected {len(header)} fields{quotes}")
+                    hint = "; a text with commas needs quotation marks around it"
+                    hint = hint if delimiter == "," else "; is there a tab in a text?"
+                    raise ValueError(
+                        f"{path}, line {line}: expected {len(header)} fields{hint * cut}"
+                    )
                 rows.append({**row, LINE: line})
             return rows
     except csv.Error as error:
@@ -196,6 +202,22 @@ def judge(
             f"{message}. That is {share:.1%}; {key}={max_bad_share:g} allows {max_bad_share:.1%}"
         )
     logger.warning("%s. They are left out.", message)
+
+
+@contextlib.contextmanager
+def warnings_of(*names: str) -> Iterator[list[str]]:
+    """Collect the warnings of some loggers, and of those below them, for a report."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in names]
+    for one in loggers:
+        one.addHandler(handler)
+    try:
+        yield found
+    finally:
+        for one in loggers:
+            one.removeHandler(handler)
 
 
 def write_parts(

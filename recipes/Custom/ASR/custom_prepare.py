@@ -16,7 +16,7 @@ from pathlib import Path
 from speechbrain.utils.logger import get_logger
 
 from hff_modules.data.manifest import DATA_ROOT, summarize_manifest, write_manifest
-from hff_modules.data.prepare import LINE, judge, read_durations, read_table
+from hff_modules.data.prepare import LINE, judge, read_durations, read_table, warnings_of
 from hff_modules.data.writing import clean_parts, describe_units, writing_of
 from hff_modules.files import write_atomically
 
@@ -72,6 +72,16 @@ def prepare_custom(
         No such file or column, too many unusable rows, a split that is none, or too few rows.
     """
     csv, save_folder = Path(csv).absolute(), Path(save_folder)
+    with warnings_of("hff_modules", __name__) as warned:
+        manifests, report = _prepare(
+            *(csv, save_folder, language, max_bad_share, keep_harakat, drop_shared_texts, whole)
+        )
+    report += ["  warnings:", *(f"    {warning}" for warning in warned)] if warned else []
+    write_atomically(save_folder / "report.txt", "\n".join(report) + "\n")
+    return manifests, csv.parent
+
+
+def _prepare(csv, save_folder, language, max_bad_share, keep_harakat, drop_shared_texts, whole):
     rows = _usable(csv, _read(csv), max_bad_share, whole)
     given = any(row["split"] for row in rows)
     how = "as the column split says"
@@ -90,12 +100,15 @@ def prepare_custom(
         manifests[part] = save_folder / f"{part}.csv"
         made = [{**row, "wrd": cleaned[row["ID"]]} for row in parts[part] if row["ID"] in cleaned]
         write_manifest(manifests[part], made)
-        report.append(f"  {part}: {summarize_manifest(manifests[part])}")
+        lost = len(parts[part]) - len(made)
+        report.append(
+            f"  {part}: {summarize_manifest(manifests[part])}"
+            + f"; {lost} of {len(parts[part])} rows left out" * (lost > 0)
+        )
     known = [(row, texts[row["split"]].get(row["ID"], "")) for row in rows]
     report += [f"  {describe_units(texts['train'].values())}", *suspicious(known)]
     logger.info("\n".join(report))
-    write_atomically(save_folder / "report.txt", "\n".join(report) + "\n")
-    return manifests, csv.parent
+    return manifests, report
 
 
 def _read(csv: Path) -> list[dict]:
@@ -222,7 +235,7 @@ def split_rows(rows: Sequence[dict], writing) -> str:
 
 
 def _shared_out(rows: Sequence[dict], key) -> dict[str, str] | None:
-    """Parts of whole groups, about a tenth for test and for dev; None if groups are too big."""
+    """Parts of whole groups, as near to a tenth as can be for test and dev; None if too far off."""
     seconds = Counter()
     for row in rows:
         seconds[key(row)] += row["duration"]
@@ -231,9 +244,8 @@ def _shared_out(rows: Sequence[dict], key) -> dict[str, str] | None:
     for part in ("test", "dev"):
         filled = 0.0
         for group in order:
-            if group in parts or filled >= SHARE * total:
-                continue
-            if filled + seconds[group] <= 2 * SHARE * total:
+            nearer = seconds[group] <= 2 * (SHARE * total - filled) + 1e-6  # to a tenth than before
+            if group not in parts and nearer:
                 parts[group] = part
                 filled += seconds[group]
         if filled < SHARE / 2 * total:  # a few clips would choose the epoch, or be the result
