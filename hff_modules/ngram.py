@@ -27,6 +27,7 @@ KINDS = ("char", "word")
 LM_FILE = "lm.arpa"  # in the folder of a run, and of an exported model
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 SPACE_TOKEN = "\u2581"  # the space among characters, in ARPA files
+NO_TEXT = (START, END, UNKNOWN, SPACE_TOKEN)
 SPACE_UNIT = "\u2423"  # the space in the search's texts: to it, a sentence is one word
 UNKNOWN_WORD = -10.0  # added to the log probability of a word that is not in the model
 LOG10 = math.log(10)
@@ -316,10 +317,24 @@ def model_for(
     if kind not in KINDS:
         raise ValueError(f"lm: expected {' or '.join(KINDS)}, got {kind!r}")
     if text_file is not None and str(text_file).endswith(".arpa"):
-        return load_arpa(text_file)
+        lm = load_arpa(text_file)
+        known = [token for token in lm.ngrams[1][()] if token not in NO_TEXT]
+        of_words = sum(len(token) > 1 for token in known) > len(known) / 2
+        if of_words != (kind == "word"):
+            found = "words" if of_words else "characters"
+            raise ValueError(f"lm: {kind}, but {text_file} is a model of {found}")
+        _check_written(text_file, known, units)
+        return lm
     if text_file is not None:
         texts = read_text(text_file).splitlines()
     texts = [text for text in map(normalize, texts) if text]
+    _check_written(text_file, texts, units)
+    if kind == "word" and not any(SPACE in text for text in texts):
+        raise ValueError("lm: a model of words needs text with spaces; expected lm: char")
+    return train_ngram((tokens(text, kind) for text in texts), order)
+
+
+def _check_written(text_file: str | Path | None, texts: Sequence[str], units: Units) -> None:
     letters = sum(len(text.replace(SPACE, "")) for text in texts)
     unknown = units.count_unknown(texts)
     if unknown.total() > letters / 2:
@@ -327,9 +342,6 @@ def model_for(
             f"lm_text {text_file}: {unknown.total()} of its {letters} characters are not among the "
             f"units; expected text written like the transcripts. {units.describe_unknown(unknown)}"
         )
-    if kind == "word" and not any(SPACE in text for text in texts):
-        raise ValueError("lm: a model of words needs text with spaces; expected lm: char")
-    return train_ngram((tokens(text, kind) for text in texts), order)
 
 
 def main(argv: Sequence[str]) -> None:

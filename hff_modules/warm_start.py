@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.logger import get_logger
 
 from hff_modules.checkpoint import (
@@ -21,6 +22,7 @@ from hff_modules.checkpoint import (
     differences,
     read_tensors,
 )
+from hff_modules.data.manifest import read_rows
 from hff_modules.data.text import Units, load_units
 from hff_modules.files import parse_yaml, read_json, read_text
 
@@ -138,6 +140,47 @@ def start_from(trained: Trained, units: Units, folder: str | Path) -> dict[str, 
     logger.info(f"started from {checkpoint}: {len(pairs)} of {units.size} units known{named}")
     units_of = {"known_units": len(pairs), "new_units": len(new)}
     return {"folder": str(folder), **units_of, "checkpoint": _digest(checkpoint)}
+
+
+def check_unheard(folder: str | Path, parts: Mapping[str, DynamicItemDataset]) -> None:
+    """Refuse to test on recordings that the run which is started from was trained on.
+
+    Parts that are chosen anew when rows are added are what leads there. Recordings are known by
+    file name, duration and text; sentences said before are counted in a warning.
+
+    Arguments
+    ---------
+    folder : str | Path
+        The output folder of the run to start from; its manifests of training, if it has some.
+    parts : Mapping[str, DynamicItemDataset]
+        Dev and test, by name.
+
+    Raises
+    ------
+    ValueError
+        They share recordings with it.
+    """
+    manifests = sorted(Path(folder).glob("manifests/**/train*.csv"))
+    rows = [row for path in manifests for row in read_rows(path, "").values()]
+    heard, said = set(map(_recording, rows)), {row.get("wrd") for row in rows}
+    for name, dataset in parts.items():
+        both = [ID for ID, row in dataset.data.items() if _recording(row) in heard]
+        if both:
+            raise ValueError(
+                f"start_from {folder}: it was trained on {len(both)} of the {len(dataset.data)} "
+                f"recordings of {name} ({', '.join(both[:3])}{', ...' * (len(both) > 3)}); let "
+                "those of its manifests stay in the same parts"
+            )
+        known = sum(row["wrd"] in said for row in dataset.data.values())
+        if known:
+            logger.warning(
+                f"{name}: {known} of {len(dataset.data)} sentences were said in the training of "
+                f"{folder}: scores on them are of new voices, not of new sentences"
+            )
+
+
+def _recording(row: Mapping[str, Any]) -> tuple[str, float, str | None]:
+    return Path(row["wav"]).name, round(float(row["duration"]), 2), row.get("wrd")
 
 
 def _apart_from_units(manifest: Mapping[str, Any]) -> dict[str, Any]:

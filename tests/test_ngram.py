@@ -200,6 +200,23 @@ def test_long_texts_are_scored_after_memory_is_cleared(monkeypatch):
     assert scorer.score_partial_token(text) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("written", "kind", "message"),
+    [
+        ("word", "char", "lm: char, but .*lm.arpa is a model of words"),
+        ("char", "word", "lm: word, but .*lm.arpa is a model of characters"),
+        ("CHAR", "char", "lm_text .*lm.arpa: .* characters are not among the units"),
+    ],
+)
+def test_an_arpa_file_of_other_tokens_is_refused(tmp_path, written, kind, message):
+    sentences = [tokens(text, written.lower()) for text in TEXTS]
+    if written == "CHAR":
+        sentences = [[token.upper() for token in sentence] for sentence in sentences]
+    write_arpa(train_ngram(sentences, 2), tmp_path / "lm.arpa")
+    with pytest.raises(ValueError, match=message):
+        model_for(kind, 2, [], tmp_path / "lm.arpa", CharUnits.from_texts(TEXTS))
+
+
 def test_weights_are_chosen_on_no_more_of_dev_than_allowed():
     durations = {f"u{n:02}": {"duration": str(6.0)} for n in range(30)}  # three minutes
     dataset = DynamicItemDataset(durations)

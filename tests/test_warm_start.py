@@ -1,18 +1,21 @@
 """Starting from another run, training on several languages first, and what is refused."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from speechbrain.dataio.dataset import DynamicItemDataset
 
 from hff_modules.checkpoint import CheckpointError, Trained
 from hff_modules.config import METHODS, merge_files
 from hff_modules.data import CharUnits, SentencePieceUnits
+from hff_modules.data.manifest import read_rows
 from hff_modules.heads import LinearHead
-from hff_modules.warm_start import best_checkpoint, start_from
+from hff_modules.warm_start import best_checkpoint, check_unheard, start_from
 from tests import corpora
 from tests.test_commonvoice import HEADER, RECIPE
 
@@ -92,6 +95,17 @@ def test_a_run_starts_with_what_another_learned_and_known_units_keep_their_rows(
     assert any(not torch.equal(plain[name], learned[name]) for name in plain if "adapters" in name)
     about = {"folder": str(first), "known_units": 4, "new_units": 2}
     assert {key: results["start_from"][key] for key in about} == about
+
+
+def test_what_the_other_run_was_trained_on_is_not_tested_on(first, tmp_path, caplog):
+    manifest = next(first.glob("manifests/**/train.csv"))
+    heard = dict(list(read_rows(manifest, "").items())[:2])
+    with pytest.raises(ValueError, match="was trained on 2 of the 2 recordings of dev"):
+        check_unheard(first, {"dev": DynamicItemDataset(heard)})
+    others = {ID: {**row, "wav": "/other/voice.wav"} for ID, row in heard.items()}
+    with caplog.at_level(logging.WARNING):
+        check_unheard(first, {"test": DynamicItemDataset(others)})
+    assert "test: 2 of 2 sentences were said in the training of" in caplog.text
 
 
 def test_a_run_of_another_method_layers_or_width_is_refused_with_the_differences(

@@ -173,6 +173,37 @@ def test_a_text_that_has_the_sentences_of_dev_and_test_is_said_or_cleared_of_the
     assert (tmp_path / "made.txt").read_text() == "a cat\na bird\n"
 
 
+@pytest.mark.parametrize(
+    ("paragraph", "sentence"),
+    [
+        ("Hello. We saw a big dog! Bye", "we saw a big dog"),
+        ("我们看见了一只很大的狗。再见", "我们看见了一只很大的狗"),
+    ],
+)
+def test_sentences_of_test_are_found_inside_a_paragraph(tmp_path, caplog, paragraph, sentence):
+    (tmp_path / "text.txt").write_text(f"{paragraph}\n{paragraph} 7\n{paragraph} 8\n")
+    for part, words in (("train", sentence[:2]), ("test", sentence)):
+        row = [part, "1.0", f"{part}.wav", "", words]
+        write_table(tmp_path / f"{part}.csv", ["ID", "duration", "wav", "spk_id", "wrd"], [row])
+    given = [tmp_path / "text.txt", tmp_path / "made.txt", [tmp_path / "train.csv"], "en"]
+    clean_text_file(*given, others=[tmp_path / "test.csv"])
+    assert "1 of the 1 sentences of dev and test are in it" in caplog.text
+    assert "1 of 3 lines are used for the language model; others have numbers" in caplog.text
+    clean_text_file(*given, others=[tmp_path / "test.csv"], drop_shared_texts=True)
+    assert (tmp_path / "made.txt").read_text() == ""
+
+
+def test_a_code_of_three_letters_has_the_rules_of_the_language():
+    assert writing_of(["a"], "tur").clean("IŞIK") == writing_of(["a"], "tr").clean("IŞIK") == "ışık"
+    assert writing_of(["a"], "mlt").clean("Ta'") == "ta'"
+
+
+def test_raised_letters_and_the_letter_colon_are_letters():
+    writing = writing_of(["soaⁿ", "ma\ua789ba", "1 µ"])
+    assert writing.scripts == ("LATIN", "MODIFIER")
+    assert writing.problem("soaⁿ") is None and writing.clean("Ma\ua789ba \ua789") == "ma\ua789ba"
+
+
 def test_what_is_left_out_is_counted():
     dropped = Counter()
     LATIN.clean("«Oui», dit-il…", dropped)

@@ -39,7 +39,7 @@ from hff_modules.data.text import Units, build_units, error_rates
 from hff_modules.files import write_atomically
 from hff_modules.ngram import LM_FILE, Fused, model_for, write_arpa
 from hff_modules.probes import CTCTask
-from hff_modules.warm_start import STARTED_FROM, begun_with, start_from
+from hff_modules.warm_start import STARTED_FROM, begun_with, check_unheard, start_from
 
 logger = get_logger(__name__)
 
@@ -256,6 +256,8 @@ def train_ctc(
     """
     if hparams["decoding"] not in ("greedy", "beam"):
         raise ValueError(f"decoding: expected greedy or beam, got {hparams['decoding']!r}")
+    if hparams["lm_text"] is not None and hparams["lm"] is None:
+        raise ValueError("lm_text is given, but no lm: expected lm: char or lm: word beside it")
     train_set, dev_set = read_speech(train, data_root), read_speech(dev, data_root)
     test_sets = {name: read_speech([csv], data_root) for name, csv in test.items()}
     units = build_units(hparams["units"], transcripts(train_set), hparams["vocab_size"])
@@ -282,6 +284,7 @@ def train_ctc(
     if begun_from is not None:
         brain.about["start_from"] = begun_from
     elif hparams["start_from"] is not None:
+        check_unheard(hparams["start_from"], {"dev": dev_set, **test_sets})
         found = start_from(brain.trained, units, hparams["start_from"])
         brain.about["start_from"], files[STARTED_FROM] = found, json.dumps(found, indent=1) + "\n"
     keep(hparams, {"train": train_set, "dev": dev_set}, brain.test_only, **files)

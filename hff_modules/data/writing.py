@@ -7,7 +7,7 @@ standard), chillu letters of Malayalam (12.9).
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,11 @@ logger = get_logger(__name__)
 
 WITHOUT_SPACES = ("HAN AND KANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 MAIN_SHARE = 0.05  # of a language's letters: a script with fewer is no script of the language
+# Codes of three letters for those of two, where a rule below is for the language
+SHORT_CODES = {
+    **{"tur": "tr", "aze": "az", "azj": "az", "azb": "az", "mlt": "mt", "uzb": "uz", "uzn": "uz"},
+    **{"hau": "ha", "afr": "af", "nld": "nl", "dut": "nl", "fry": "fy"},
+}
 DOTLESS = ("tr", "az", "crh", "gag")  # languages whose lower case of I is a letter of its own
 FINAL_APOSTROPHE = ("mt", "uz")  # languages in which it ends words, as a letter does: ta', tog'
 # And begins them, before these letters: 'yan; or before a word of one of these letters: 'n, 's
@@ -35,6 +40,7 @@ TYPED_GERSHAYIM = re.compile(
 )
 ZWNJ, ZWJ = "\u200c", "\u200d"
 TATWEEL, TSHEG = "\u0640", "\u0f0b"
+LETTER_COLON = "\ua789"  # ꞉, a letter's part though to Unicode a sign
 INSIDE = "\u055b\u055c\u055e"  # Armenian writes its emphasis and question marks inside words
 HARAKAT = re.compile("[\u064b-\u0652\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed]")
 # A consonant, a virama and a joiner are the old way to write a chillu; NFC leaves them apart.
@@ -48,6 +54,8 @@ _SCRIPTS = {
     name: "HAN AND KANA"
     for name in ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC", "BOPOMOFO")
 }
+# Letters of any script by their names: ⁿ of Southern Min, º and ª, µ
+_SCRIPTS |= dict.fromkeys(("SUPERSCRIPT", "MASCULINE", "FEMININE", "MICRO"), "MODIFIER")
 NO_LETTERS = "no letters"
 NUMBERS = "numbers or signs that are read out"
 OTHER_SCRIPT = "letters of another script"
@@ -163,6 +171,8 @@ class Writing:
             stays = (ends and (starts or may_end)) or (starts and may_begin)
             return sign if stays and self.has_spaces else " "
         stray = kind[0] == "M" and not _is_word(before) and before not in (ZWNJ, ZWJ)
+        if character == LETTER_COLON:
+            return character if _is_word(before) else " "
         if character == TATWEEL or character in INSIDE or stray:
             return ""
         if character in (ZWNJ, ZWJ):
@@ -235,6 +245,7 @@ def writing_of(sentences: Iterable[str], language: str = "", keep_harakat: bool 
     most = sum(counts.values())
     scripts = tuple(name for name, count in counts.most_common() if count >= MAIN_SHARE * most)
     code = language.replace("_", "-").split("-")[0].lower()
+    code = SHORT_CODES.get(code, code)
     return Writing(
         (*scripts, "MODIFIER"),
         dotless=code in DOTLESS,
@@ -367,17 +378,44 @@ def clean_text_file(
     cleaned = [writing.clean(line) for line in read_text(text).splitlines()]
     kept = [line for line in cleaned if writing.problem(line) is None]
     said = {row["wrd"] for csv in others for row in read_rows(csv, "").values()}
-    shared = said & set(kept)
+    known = list(map(_finder(said, writing.has_spaces), kept))
+    shared = set().union(*known)
     if drop_shared_texts:
-        kept = [line for line in kept if line not in said]
+        kept = [line for line, found in zip(kept, known, strict=True) if not found]
     elif shared:
         logger.warning(
             f"{text}: {len(shared)} of the {len(said)} sentences of dev and test are in it: a "
             "language model of it knows these answers (see drop_shared_texts)"
         )
-    logger.info(f"{text}: {len(kept)} of {len(cleaned)} lines are used for the language model")
+    few = 2 * len(kept) < len(cleaned)
+    (logger.warning if few else logger.info)(
+        f"{text}: {len(kept)} of {len(cleaned)} lines are used for the language model"
+        + "; others have numbers, another script, or no letters: is each a sentence?" * few
+    )
     write_atomically(target, "".join(f"{line}\n" for line in kept))
     return target
+
+
+def _finder(sentences: set[str], has_spaces: bool) -> Callable[[str], set[str]]:
+    """A function that gives the sentences that a line is, or, if they are long, has in it."""
+    size = 3 if has_spaces else 10  # words, or characters
+    long_ones: dict[tuple[str, ...], list[str]] = {}
+    for sentence in sentences:
+        pieces = tuple(sentence.split() if has_spaces else sentence)
+        if len(pieces) >= size:
+            long_ones.setdefault(pieces[:size], []).append(sentence)
+
+    def said_in(line: str) -> set[str]:
+        found = sentences & {line}
+        pieces, between = tuple(line.split() if has_spaces else line), " " if has_spaces else ""
+        for place in range(len(pieces) - size + 1):
+            for sentence in long_ones.get(pieces[place : place + size], ()):
+                rest = between.join(pieces[place:])
+                if f"{rest}{between}".startswith(f"{sentence}{between}"):
+                    found.add(sentence)
+        return found
+
+    return said_in
 
 
 def describe_units(texts: Iterable[str], rare: int = 5) -> str:
