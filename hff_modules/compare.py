@@ -30,6 +30,7 @@ from hff_modules.comparison import (
     draw,
     pending,
     score_of,
+    scored_apart,
     total_runs,
     trial_scores,
 )
@@ -122,6 +123,7 @@ def write_report(plan: Plan, runner: Runner, finished: bool, pictures: bool = Tr
         failed = sum("failed" in outcome for outcome in runner.outcomes.values())
         lines = [f"finished: {len(runner.outcomes)} runs, {failed} of them failed"]
         lines[0] += f"; {time.monotonic() - runner.since:.0f} s since this command was started"
+    lines += scored_apart(runs)
     table = tables.markdown(runs) if runs else ""
     write_atomically(folder / "progress.txt", "\n".join(lines) + "\n\n" + table)
     if pictures:

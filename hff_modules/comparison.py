@@ -204,6 +204,20 @@ def trial_scores(plan: Plan, outcomes: Outcomes) -> list[dict[str, Any]]:
 # Its table and pictures
 
 
+def scored_apart(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line that says that rows were chosen or tested on different data, if they were."""
+    of_fold: dict[Any, Mapping[str, Any]] = {}
+    for run in runs:
+        first = of_fold.setdefault(run.get("fold"), run) if run.get("data") else run
+        here, there = run.get("data") or {}, first.get("data") or {}
+        if any(here[part] != there[part] for part in here.keys() & there.keys() - {"train"}):
+            return [
+                f"not comparable: {run['label']} (seed {run['seed']}) was chosen or tested on "
+                f"other data than {first['label']} (seed {first['seed']})"
+            ]
+    return []
+
+
 def csv_table(runs: Sequence[dict]) -> str:
     """All numbers of the table, not rounded, mean and spread in columns of their own."""
     rows = []

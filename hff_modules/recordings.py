@@ -64,9 +64,13 @@ def is_audio(path: Path) -> bool:
     return kind in {"wav", "flac", "mp3", "ogg", "oga", "opus", "aif", "aiff", "au", "caf", "w64"}
 
 
+# Sound that libsndfile does not read
+FOREIGN = {".m4a", ".m4b", ".aac", ".amr", ".wma", ".3gp", ".mp4", ".webm", ".mov", ".mkv", ".avi"}
+
+
 def audio_below(folder: Path) -> list[Path]:
     """Audio at any depth, sorted. Links to folders are followed; what is hidden is left out."""
-    found, seen = [], set()
+    found, seen, foreign = [], set(), []
     for here, folders, files in os.walk(folder, onerror=_say, followlinks=True):
         real = os.path.realpath(here)
         if real in seen:  # links may go in a circle
@@ -74,8 +78,14 @@ def audio_below(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        visible = (Path(here, name) for name in files if not name.startswith("."))
+        visible = [Path(here, name) for name in files if not name.startswith(".")]
         found += [path for path in visible if is_audio(path) and path.is_file()]
+        foreign += [path for path in visible if path.suffix.lower() in FOREIGN]
+    if foreign:
+        logger.warning(
+            "%s: %d files (%s%s) cannot be read and are left out; make them wav or flac",
+            *(folder, len(foreign), min(foreign).name, ", ..." * (len(foreign) > 1)),
+        )
     return sorted(found)
 
 

@@ -382,6 +382,17 @@ def test_devices_are_handed_out_in_turn(recipe, monkeypatch):
     assert runner.command(plan, run, "cpu")[-2:] == ["--device", "cpu"]
 
 
+def test_rows_on_different_data_are_not_comparable():
+    one = {"label": "a", "seed": 1, "data": {"train": "x", "dev": "y", "tones": "z"}}
+    other = {"label": "b", "seed": 2, "data": {"train": "w", "dev": "y", "tones": "z"}}
+    assert comparison.scored_apart([one, other, {"label": "c", "seed": 1, "failed": "so"}]) == []
+    other["data"]["tones"] = "v"
+    assert comparison.scored_apart([one, other]) == [
+        "not comparable: b (seed 2) was chosen or tested on other data than a (seed 1)"
+    ]
+    assert comparison.scored_apart([{**one, "fold": 1}, {**other, "fold": 2}]) == []
+
+
 def test_a_run_that_takes_too_long_is_ended(recipe):
     with pytest.raises(SystemExit):
         carry_out(recipe, "--limit_minutes", "0.01", methods=["a"], options={"wait": 60})

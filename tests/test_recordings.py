@@ -16,6 +16,7 @@ from hff_modules.recordings import (
     Failure,
     Recording,
     Resampler,
+    audio_below,
     find_recordings,
     read_pieces,
     windows,
@@ -113,6 +114,14 @@ def broken_files(folder: Path) -> dict[str, str]:
         "*.mp3": "no file matches",
         "nothing": "no audio file in this folder",
     }
+
+
+def test_sound_that_cannot_be_read_is_named(tmp_path, caplog):
+    for name in ("a.wav", "b.m4a", "deep/c.AMR", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"something")
+    assert audio_below(tmp_path) == [tmp_path / "a.wav"]
+    assert "2 files (b.m4a, ...) cannot be read and are left out; make them wav" in caplog.text
 
 
 def test_links_to_folders_are_followed_once_and_what_is_hidden_is_left_out(tmp_path):
