@@ -83,6 +83,7 @@ class Batcher:
                     self._arrived.clear()
                     continue
                 outcomes = await loop.run_in_executor(self._thread, self._compute, batch)
+                broken = [it for it in outcomes if isinstance(it, torch.AcceleratorError)]
                 for waiting, outcome in zip(batch, outcomes, strict=True):
                     if waiting.answer.done():  # given up in the meantime
                         continue
@@ -90,6 +91,8 @@ class Batcher:
                         waiting.answer.set_exception(outcome)
                     else:
                         waiting.answer.set_result(outcome)
+                if broken:  # the GPU takes nothing more from this process
+                    raise broken[0]
         finally:
             self._thread.shutdown()
 

@@ -234,7 +234,7 @@ class StateCache:
         noise = noise.to(self.encoder.device)
         self.encoder.encode(noise[:, :16000])
         start = time.perf_counter()
-        float(self.encoder.encode(noise)[0].sum())  # waits for a GPU
+        _file(self.encoder.encode(noise)[0][0], self.dtype)  # waits for a GPU
         minutes = (time.perf_counter() - start) / 5 * seconds / 60
         if is_distributed_initialized() and minutes > 60:
             logger.warning(
@@ -299,8 +299,8 @@ class StateCache:
         device = self.encoder.device
         wavs, wav_lens = padded(signals, self.encoder.minimum_samples)
         stored, frames = self.encoder.encode(wavs.to(device), wav_lens.to(device))
-        for variant, states, count in zip(readable, stored.cpu(), frames.tolist(), strict=True):
-            write_atomically(self.path(*variant), save(_pack(states[:count], self.dtype)))
+        for variant, states, count in zip(readable, stored, frames.tolist(), strict=True):
+            write_atomically(self.path(*variant), _file(states[:count], self.dtype))
 
 
 def _pack(states: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
@@ -310,6 +310,11 @@ def _pack(states: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
     if dtype == "fp16":  # an overflow would come back as infinity and poison the run
         states = states.clamp(-65504, 65504)
     return {"states": states.to(DTYPES[dtype]).contiguous()}
+
+
+def _file(states: torch.Tensor, dtype: str) -> bytes:
+    """What is written; converted where the states are, so that less is copied from a GPU."""
+    return save({key: tensor.cpu() for key, tensor in _pack(states, dtype).items()})
 
 
 def bytes_per_frame(width: int, dtype: str) -> int:

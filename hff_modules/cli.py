@@ -17,6 +17,7 @@ from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 # SpeechBrain's run options, and those that do nothing, or harm, in these recipes
 OF_SPEECHBRAIN = {*HELP_TEXTS, "jit_module_keys", "compile_module_keys"}
 NOT_TAKEN = {
+    "data_parallel_backend": "start with torchrun",
     "auto_mix_prec": "take --precision fp16",
     "bfloat16_mix_prec": "take --precision bf16",
     "remove_vector_weight_decay": "optimizers are made otherwise here; see the key `optimizer`",
@@ -67,6 +68,11 @@ def usable_device(name: str) -> str:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--device {name}: PyTorch has no such device here ({reason})") from None
     return name
+
+
+def default_device() -> str:
+    """The GPU of this process if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def separated(argv: Sequence[str]) -> list[str]:

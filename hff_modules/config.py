@@ -34,7 +34,9 @@ from hff_modules.files import parse_yaml, read_text
 METHODS = Path(__file__).resolve().parent.parent / "hparams"  # one file per method, for all recipes
 
 # SpeechBrain's run options that decide about results: keys of ours, too, so that they are compared
-DECISIVE = ("precision", "eval_precision", "max_grad_norm", "grad_accumulation_factor")
+DECISIVE = (
+    "precision eval_precision max_grad_norm grad_accumulation_factor skip_nonfinite_grads"
+).split()
 DEBUG = "-debug"  # behind the name of the folder of a run that only tries a few batches
 # What may change between two commands that work on one run: where things lie (the encoder's content
 # is compared, not its name), what is stored and logged, and what follows training.
@@ -81,8 +83,8 @@ def load_config(
     """
     argv = separated(argv)
     method, run_opts, _ = sb.parse_arguments(argv)
-    if run_opts.device is not None:
-        usable_device(run_opts.device)
+    # Of more processes than GPUs, some have none.
+    usable_device(run_opts.device or sb.utils.distributed.infer_device())
     # Before anything is built: loggers and the like ask at once which process they are in.
     if not sb.utils.distributed.is_distributed_initialized():  # else by a run before this one
         sb.utils.distributed.ddp_init_group(run_opts)

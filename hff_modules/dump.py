@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import cached_file
 
-from hff_modules.cli import run, usable_device
+from hff_modules.cli import default_device, run, usable_device
 from hff_modules.data.audio import AudioError, audio_info, read_audio
 from hff_modules.data.batches import by_length, padded
 from hff_modules.data.manifest import read_rows
@@ -406,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--data-root", help="what $data_root stands for in the manifest")
     parser.add_argument("--batch-seconds", type=float, default=60.0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default=default_device(), help="such as cpu or cuda:0")
     parser.add_argument("--encoder", dest="base", help="another place of a model's base encoder")
     parser.add_argument("--revision", help="on the hub")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

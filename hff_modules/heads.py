@@ -145,8 +145,10 @@ class BLSTMHead(nn.Module):
         order = torch.where(mirrored >= 0, mirrored, frames).unsqueeze(-1)  # padding stays behind
         hidden = features
         for onward, reverse in zip(self.onward, self.reverse, strict=True):
-            ahead, _ = onward(hidden)
-            back, _ = reverse(hidden.gather(1, order.expand_as(hidden)))
+            # Under autocast cuDNN would take fp16 whatever was asked for: bf16 has no loss scaling.
+            with torch.autocast(features.device.type, enabled=False):
+                ahead, _ = onward(hidden.float())
+                back, _ = reverse(hidden.float().gather(1, order.expand_as(hidden)))
             hidden = torch.cat([ahead, back.gather(1, order.expand_as(back))], dim=-1)
             hidden = self.dropout(hidden)
         return self.output(hidden)

@@ -95,6 +95,11 @@ class Meter:
             peak = _peak_resident_mb()
         self.peak_memory_mb = max(self.peak_memory_mb, peak)
 
+    @property
+    def device(self) -> str:
+        """What it was measured on: the GPU's name, or cpu."""
+        return torch.cuda.get_device_name() if self.on_cuda else "cpu"
+
     def synchronize(self) -> None:
         """Wait for the GPU, so that a step's time is its own."""
         if self.on_cuda:

@@ -226,6 +226,8 @@ class Service:
                 if await request.is_disconnected():
                     raise Refused(400, "the caller has gone")
             results = asked.result()
+        except torch.OutOfMemoryError:
+            raise Refused(503, "the model is out of memory; try again later") from None
         except ValueError:  # what it says may name a path
             logger.warning("the model refused an utterance", exc_info=True)
             raise Refused(422, "the model cannot take this audio") from None
@@ -376,7 +378,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=cli.default_device(), help="such as cpu or cuda:0")
     parser.add_argument("--encoder", help="another place of the models' encoder")
     for field in dataclasses.fields(Limits):
         flag = "--" + field.name.replace("_", "-")

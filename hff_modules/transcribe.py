@@ -27,7 +27,7 @@ from speechbrain.decoders.ctc import CTCPrefixBeamSearcher
 from tqdm import tqdm
 
 from hff_modules.alignment import Word, aligned, best_path, words, written
-from hff_modules.cli import run, usable_device
+from hff_modules.cli import default_device, run, usable_device
 from hff_modules.data.audio import AudioError, read_audio
 from hff_modules.data.batches import by_length, padded
 from hff_modules.data.loading import needed_frames
@@ -493,7 +493,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--window", type=float, default=40.0, help="seconds heard at once")
     parser.add_argument("--overlap", type=float, default=8.0, help="seconds that windows share")
     parser.add_argument("--batch-seconds", type=float, default=60.0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default=default_device(), help="such as cpu or cuda:0")
     parser.add_argument("--encoder", help="another place of the base encoder")
     parser.add_argument("--revision", help="of the model on the hub")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

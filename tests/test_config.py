@@ -210,6 +210,16 @@ def test_a_device_that_is_not_there_is_refused(files, monkeypatch):
             load_config(line, folder / "base.yaml")
 
 
+def test_a_process_without_a_gpu_of_its_own_is_refused_before_anything_is_prepared(
+    files, monkeypatch
+):
+    folder = files(base="a: 1", method="b: 2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("speechbrain.utils.distributed.infer_device", lambda: "cuda:1")
+    with pytest.raises(ValueError, match="--device cuda:1: PyTorch has no such device"):
+        load_config([str(folder / "method.yaml")], folder / "base.yaml")
+
+
 def test_a_circle_of_extends_is_refused(files):
     folder = files(a="extends: b.yaml\n", b="extends: a.yaml\n")
     with pytest.raises(ValueError, match="circle.*a.yaml -> .*b.yaml -> .*a.yaml"):

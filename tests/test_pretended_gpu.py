@@ -53,7 +53,7 @@ def test_every_method_trains(job, tmp_path, method, make_encoder_folder):  # noq
         options += ["--layers", "every:2"]
     with PretendGPU():
         results = job(tmp_path, *options, method=method, count=2)
-    assert results["epochs"] == 1
+    assert results["epochs"] == 1 and results["device"] == "pretended"
 
 
 @pytest.mark.parametrize("name", ["EmoDB/emotion", "VoxCeleb/SpeakerRec"])
@@ -71,8 +71,10 @@ def test_other_recipes_train_on_stored_states(name, tmp_path, encoder_folder, mo
 
 def test_an_exported_model_transcribes(job, tmp_path):  # noqa: F811
     with PretendGPU():
-        job(tmp_path / "run", "--number_of_epochs", "1", "--device", "cuda:0", count=2)
+        options = ["--device", "cuda:0", "--cache", str(tmp_path / "store")]
+        job(tmp_path / "run", "--number_of_epochs", "1", *options, count=2)
         export(tmp_path / "run", tmp_path / "model")
         model = load_exported(tmp_path / "model", "cuda:0")
         states, _ = model.states(*(t.to("cuda") for t in (torch.rand(2, 8000), torch.ones(2))))
-    assert model.device.type == "cpu" and states.pretends
+        outputs = model.outputs(states, torch.tensor([9, 9], device="cuda"))
+    assert model.stored_as == "fp16" and states.pretends and outputs.pretends

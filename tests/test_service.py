@@ -138,6 +138,22 @@ def test_requests_are_answered_together_and_one_that_fails_alone():
     asyncio.run(run())
 
 
+def test_a_broken_gpu_ends_the_loop_so_that_health_says_so():
+    def model(wavs, wav_lens, tasks):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)
+
+    async def run():
+        batcher = Batcher(model, wait_seconds=0)
+        running = asyncio.create_task(batcher.run())
+        asked = [batcher.ask(torch.ones(9), ["sum"]) for _ in range(2)]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(one, torch.AcceleratorError) for one in found)
+        with pytest.raises(torch.AcceleratorError):
+            await running
+
+    asyncio.run(run())
+
+
 # Limits
 
 
@@ -186,8 +202,12 @@ def test_a_model_that_takes_too_long_or_fails_is_no_end_for_the_service():
             time.sleep(0.5)
         if wavs.shape[1] == 4000:
             raise ValueError("/home/secret is no number")
+        if wavs.shape[1] == 1000:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return sums(wavs, wav_lens, tasks)
 
+    (full,) = ask(model, Request(audio(np.ones(1000), subtype="FLOAT")))
+    assert full.status == 503 and "out of memory; try again" in full.reason
     requests = [Request(audio(np.ones(n), subtype="FLOAT")) for n in (8000, 4000, 2000)]
     slow, wrong, fine = ask(model, *requests, request_seconds=0.4, batch_size=1)
     assert slow.status == 503 and "no answer within 0.4 s" in slow.reason

@@ -113,8 +113,8 @@ def test_every_method_trains_tests_and_leaves_its_results(
         == (
             "task dataset method encoder layers horizon trainable_encoder_parameters "
             "trainable_parameters total_parameters train_seconds step_seconds "
-            "audio_seconds_per_second peak_memory_mb epochs processes seed settings data dev "
-            "test history versions"
+            "audio_seconds_per_second peak_memory_mb epochs processes device seed settings data "
+            "dev test history versions"
         ).split()
     )
     assert written["method"] == method and written["epochs"] == 1
@@ -469,6 +469,40 @@ def test_ctc_is_finite_with_the_needed_frames_and_infinite_with_one_less():
             torch.tensor([len(targets)]),
         )
         assert bool(loss.isfinite()) == finite
+
+
+def test_the_lstm_is_computed_in_single_precision_under_autocast():
+    torch.manual_seed(0)
+    head, seen = BLSTMHead(6, 4).eval(), []
+    for lstm in (*head.onward, *head.reverse):
+        lstm.register_forward_hook(lambda module, given, found: seen.append(found[0]))
+    features, lengths = torch.randn(2, 9, 6), torch.tensor([9, 4])
+    head(features, lengths)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(features.bfloat16(), lengths).dtype == torch.bfloat16
+        head(features, lengths)
+    assert {one.dtype for one in seen} == {torch.float32}
+    torch.testing.assert_close(seen[4:], seen[:2], rtol=0, atol=0)
+
+
+def test_a_batch_whose_loss_is_no_number_changes_nothing(job, tmp_path, monkeypatch):
+    objectives, steps = CTCBrain.compute_objectives, []
+
+    def diverging(brain, predictions, batch, stage):
+        steps.append(stage)
+        loss = objectives(brain, predictions, batch, stage)
+        return loss * math.nan if len(steps) == 2 and stage == Stage.TRAIN else loss
+
+    monkeypatch.setattr(CTCBrain, "compute_objectives", diverging)
+    job(tmp_path, "--layers", "[2, 4]", "--batch_seconds", "1")
+    assert all(tensor.isfinite().all() for tensor in trained_tensors(tmp_path).values())
+
+
+def test_batches_that_stay_far_below_their_size_are_told(job, tmp_path, caplog):
+    job(tmp_path, "--number_of_epochs", "1", "--num_buckets", "20", count=40)
+    assert "raise --num_buckets" not in caplog.text
+    job(tmp_path / "big", "--number_of_epochs", "1", "--batch_seconds", "40", count=40)
+    assert "batch_seconds=40 allows more: raise --num_buckets, now 2" in caplog.text
 
 
 @pytest.mark.parametrize("head", [LinearHead, DNNHead, BLSTMHead])

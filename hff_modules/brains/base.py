@@ -393,6 +393,7 @@ class SSLBrain(sb.Brain):
             "epochs": self.meter.epochs,
             **({"frozen_epochs": waited} if waited else {}),
             "processes": processes,
+            "device": self.meter.device,
             "seed": self.hparams.seed,
             **({} if fold is None else {"fold": fold}),
             **self._settings(),

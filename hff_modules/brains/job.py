@@ -12,6 +12,7 @@ import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.distributed import if_main_process, is_distributed_initialized, run_on_main
+from speechbrain.utils.logger import get_logger
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -20,6 +21,8 @@ from hff_modules.brains.base import SSLBrain
 from hff_modules.config import MAY_CHANGE, changed_settings
 from hff_modules.data.loading import batches_by_length
 from hff_modules.files import locked, parse_yaml, read_json, read_text, write_atomically
+
+logger = get_logger(__name__)
 
 _AT_WORK: dict[Path, contextlib.ExitStack] = {}  # locks of the folders that this process is in
 
@@ -211,6 +214,13 @@ def training_loader(brain: SSLBrain, dataset, hparams: Mapping[str, Any]) -> Dat
         raise ValueError(
             f"{len(sampler)} training batches are too few for "
             f"{torch.distributed.get_world_size()} processes; lower --batch_seconds"
+        )
+    spoken = sum(float(dataset.data[n]["duration"]) for n in dataset.data_ids) / len(sampler)
+    few, wanted = 2 * hparams["num_buckets"], hparams["batch_seconds"]
+    if spoken < 0.4 * wanted and len(sampler) > few and hparams["max_batch_size"] is None:
+        logger.warning(  # SpeechBrain's buckets suit batches of some ten utterances
+            f"batches have {spoken:.0f} s of speech on average, batch_seconds={wanted:g} allows "
+            f"more: raise --num_buckets, now {hparams['num_buckets']}"
         )
     brain.train_sampler = sampler  # so that each epoch is told to it; replaced when distributed
     return brain.make_dataloader(

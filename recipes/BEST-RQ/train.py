@@ -227,7 +227,10 @@ def pretrain(hparams, run_opts, folder):
         for part in ("train", "valid")
     }
     loaders = {
-        "train": {"batch_sampler": sampler(segments["train"], hparams["batch_frames"], hparams)},
+        "train": {
+            "batch_sampler": sampler(segments["train"], hparams["batch_frames"], hparams),
+            "num_workers": hparams["num_workers"],
+        },
         "valid": {"batch_sampler": sampler(segments["valid"], hparams["batch_frames"])},
     }
     progress = Progress()
