@@ -3,6 +3,7 @@
 CTC: Graves et al., ICML 2006. Forced alignment is torchaudio's.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,11 +26,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Word:
-    """A word and the frames that it lasts, ``end`` excluded."""
+    """A word and the frames that it lasts, ``end`` excluded; ``joined``: no space is before it."""
 
     text: str
     start: int
     end: int
+    joined: bool = False
 
 
 def written(units: Units) -> list[str]:
@@ -93,7 +95,7 @@ def aligned(log_probs: torch.Tensor, targets: Sequence[int], blank: int = 0) -> 
     return best_path(path[0].tolist(), blank)
 
 
-def words(spans: Sequence[Span], texts: Sequence[str]) -> list[Word]:
+def words(spans: Sequence[Span], texts: Sequence[str], by_letter: bool = False) -> list[Word]:
     """Join units to words at spaces.
 
     Arguments
@@ -102,6 +104,8 @@ def words(spans: Sequence[Span], texts: Sequence[str]) -> list[Word]:
         Units in their order.
     texts : Sequence[str]
         What each unit writes, from :func:`written`.
+    by_letter : bool
+        For scripts without spaces: each letter, with its marks, is one that joins the one before.
 
     Returns
     -------
@@ -110,6 +114,9 @@ def words(spans: Sequence[Span], texts: Sequence[str]) -> list[Word]:
     found, letters, start, end = [], "", 0, 0
     for span in spans:
         for letter in texts[span.unit]:
+            if by_letter and letters and unicodedata.category(letter)[0] != "M":
+                found.append(Word(letters, start, end, joined=bool(found)))
+                letters = ""
             if letter.isspace():
                 if letters:
                     found.append(Word(letters, start, end))
@@ -117,4 +124,5 @@ def words(spans: Sequence[Span], texts: Sequence[str]) -> list[Word]:
                 continue
             start = start if letters else span.start
             letters, end = letters + letter, span.end
-    return [*found, Word(letters, start, end)] if letters else found
+    last = Word(letters, start, end, joined=by_letter and bool(found))
+    return [*found, last] if letters else found

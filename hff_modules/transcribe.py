@@ -32,6 +32,7 @@ from hff_modules.data.audio import AudioError, read_audio
 from hff_modules.data.batches import by_length, padded
 from hff_modules.data.loading import needed_frames
 from hff_modules.data.text import Units
+from hff_modules.data.writing import writing_of
 from hff_modules.export_format import ExportError
 from hff_modules.exported import Exported, load_exported
 from hff_modules.files import open_atomically
@@ -53,15 +54,16 @@ PAUSE, CUE_SECONDS, CUE_LETTERS = 1.0, 6.0, 84  # where a subtitle ends
 
 @dataclass(frozen=True)
 class TimedWord:
-    """A word, and from when to when it lasts in seconds."""
+    """A word, and from when to when it lasts in seconds; ``joined``: no space is before it."""
 
     text: str
     start: float
     end: float
+    joined: bool = False
 
 
 class Decoder:
-    """From log probabilities to words and their frames.
+    """From log probabilities to words and their frames; to letters, in scripts without spaces.
 
     Arguments
     ---------
@@ -73,6 +75,8 @@ class Decoder:
 
     def __init__(self, units: Units, search: Search | None = None):
         self.units, self.written, self.search = units, written(units), search
+        letters = [letter for letter in "".join(self.written) if letter.isalpha()]
+        self.by_letter = bool(letters) and not writing_of(letters).has_spaces
 
     def best_words(self, log_probs: torch.Tensor) -> list[Word]:
         """Words of the best path through (frames, units)."""
@@ -82,12 +86,14 @@ class Decoder:
     def words(self, log_probs: torch.Tensor) -> list[Word]:
         """Words of the best path, or of the beam search, aligned to the frames."""
         if self.search is None or len(log_probs) == 0:
-            return self.best_words(log_probs)
+            spans = best_path(log_probs.argmax(-1).tolist(), self.units.blank_index)
+            return words(spans, self.written, self.by_letter)
         text = self.search(log_probs[None], torch.ones(1))[0]
         ids = self.units.encode(text)
         if needed_frames(ids) > len(log_probs):  # spelt otherwise than the search did
             return [Word(word, 0, len(log_probs)) for word in text.split()]
-        return words(aligned(log_probs, ids, self.units.blank_index), self.written)
+        spans = aligned(log_probs, ids, self.units.blank_index)
+        return words(spans, self.written, self.by_letter)
 
 
 def beam_search(units: Units, width: int) -> Search:
@@ -203,6 +209,7 @@ class Transcriber:
                 word.text,
                 round((offset + word.start) / self.frame_rate, 3),
                 round((offset + word.end) / self.frame_rate, 3),
+                word.joined,
             )
             for word in self.decoder.words(log_probs)
         ]
@@ -282,7 +289,7 @@ def write_text(name: str, found: Iterable[TimedWord], file: TextIO) -> None:
     """Write all words in one line, after the name and a tab where there is a name."""
     file.write(f"{name}\t" if name else "")
     for number, word in enumerate(found):
-        file.write(f" {word.text}" if number else word.text)
+        file.write(_space(word) * (number > 0) + word.text)
     file.write("\n")
 
 
@@ -312,15 +319,20 @@ def write_srt(name: str, found: Iterable[TimedWord], file: TextIO) -> None:
     for word in itertools.chain(found, [None]):
         if cue and (word is None or _is_full(cue, word)):
             times = f"{_clock(cue[0].start)} --> {_clock(cue[-1].end)}"
-            file.write(f"{number}\n{times}\n{' '.join(one.text for one in cue)}\n\n")
+            text = "".join(_space(one) + one.text for one in cue).strip()
+            file.write(f"{number}\n{times}\n{text}\n\n")
             cue, number = [], number + 1
         cue.append(word)
 
 
 def _is_full(cue: Sequence[TimedWord], word: TimedWord) -> bool:
-    letters = sum(len(one.text) + 1 for one in cue) + len(word.text)
+    letters = sum(len(one.text + _space(one)) for one in (*cue, word))
     paused = word.start - cue[-1].end > PAUSE
     return paused or letters > CUE_LETTERS or word.end - cue[0].start > CUE_SECONDS
+
+
+def _space(word: TimedWord) -> str:
+    return "" if word.joined else " "
 
 
 def _clock(seconds: float) -> str:

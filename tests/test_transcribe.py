@@ -19,6 +19,7 @@ from hff_modules.exported import load_exported
 from hff_modules.ngram import Fused, tokens, train_ngram, write_arpa
 from hff_modules.recordings import Recording
 from hff_modules.transcribe import (
+    Decoder,
     TimedWord,
     Transcriber,
     _short,
@@ -26,6 +27,7 @@ from hff_modules.transcribe import (
     main,
     transcribe,
     write_srt,
+    write_text,
 )
 from tests.test_export import learned, read_tones, recognised, tones, trained  # noqa: F401
 from tests.test_recordings import broken_files
@@ -284,6 +286,27 @@ def test_subtitles_break_at_pauses_and_before_they_are_long(tmp_path):
     assert cues[0] == "1\n00:00:00,500 --> 00:00:01,400\nHELLO WORLD"
     assert cues[1].startswith("2\n01:01:01,500 --> 01:01:02,500\nLATER AAA")
     assert len(cues) == 4 and cues[-1] == ""
+
+
+def test_scripts_without_spaces_have_times_and_subtitles_by_letter(tmp_path):
+    units = CharUnits.from_texts(["กินข้าว"])
+    ids = units.encode("กินข้าว" * 30)
+    labels = [label for unit in ids for label in (0, 0, unit)]
+    log_probs = torch.nn.functional.one_hot(torch.tensor(labels), units.size).float().log()
+    for decoder in (Decoder(units), Decoder(units, lambda *given: ["กินข้าว" * 30])):
+        found = decoder.words(log_probs.clamp(min=-20))
+        assert [word.text for word in found[:5]] == ["กิ", "น", "ข้", "า", "ว"], "marks stay"
+        assert [word.joined for word in found[:2]] == [False, True]
+        assert "".join(word.text for word in found) == "กินข้าว" * 30
+    timed = [TimedWord(w.text, w.start / 25, w.end / 25, w.joined) for w in found]
+    with open(tmp_path / "a.srt", "w", encoding="utf-8") as file:
+        write_srt("a", iter(timed), file)
+    cues = [cue.split("\n") for cue in (tmp_path / "a.srt").read_text().strip().split("\n\n")]
+    assert "".join(cue[2] for cue in cues) == "กินข้าว" * 30 and len(cues) > 3
+    with open(tmp_path / "a.txt", "w", encoding="utf-8") as file:
+        write_text("", iter(timed), file)
+    assert (tmp_path / "a.txt").read_text() == "กินข้าว" * 30 + "\n"
+    assert not Decoder(UNITS).by_letter
 
 
 MEMORY = """
