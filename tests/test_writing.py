@@ -198,6 +198,16 @@ def test_a_code_of_three_letters_has_the_rules_of_the_language():
     assert writing_of(["a"], "mlt").clean("Ta'") == "ta'"
 
 
+def test_signs_that_are_letters_can_be_told():
+    tones = writing_of(["ku12", "ma 3"], letters="123!")
+    assert tones.clean("Ku12, !xóõ!") == "ku12 !xóõ!" and tones.problem("ku12") is None
+    assert tones.problem("ku14") == NUMBERS
+    found = clean_parts({"train": {"a": "ku12", "b": "ku 45"}}, letters="12")
+    assert found == {"train": {"a": "ku12"}}
+    with pytest.raises(ValueError, match="letters: expected them in quotation marks.*got 12"):
+        writing_of(["ku12"], letters=12)
+
+
 def test_raised_letters_and_the_letter_colon_are_letters():
     writing = writing_of(["soaⁿ", "ma\ua789ba", "1 µ"])
     assert writing.scripts == ("LATIN", "MODIFIER")

@@ -98,6 +98,8 @@ class Writing:
         Regular expression: before what an apostrophe is kept at the beginning of a word, too.
     keep_harakat : bool
         Keep the vowel marks of Arabic script.
+    letters : str
+        Signs that are letters in this language, such as digits for tones.
 
     Example
     -------
@@ -112,6 +114,7 @@ class Writing:
     final_apostrophe: bool = False
     initial_apostrophe: str = ""
     keep_harakat: bool = False
+    letters: str = ""
 
     @property
     def has_spaces(self) -> bool:
@@ -160,6 +163,8 @@ class Writing:
     def _written(self, character: str, before: str, after: str) -> str:
         """What stands for a character before and after others: itself, a space or nothing."""
         kind = unicodedata.category(character)
+        if character in self.letters:
+            return character
         if character == GERSHAYIM:
             return character if _is_word(before) and _is_word(after) else " "
         if character in APOSTROPHES or character == "·":
@@ -194,6 +199,7 @@ class Writing:
         """What is wrong with a cleaned text as something to learn from; None if nothing is."""
         if not any(map(_is_letter, text)):
             return NO_LETTERS
+        text = text.translate(dict.fromkeys(map(ord, self.letters)))
         if any(map(_is_read_out, text)):
             return NUMBERS
         letters = (letter for letter in text if _is_letter(letter))
@@ -218,7 +224,9 @@ def _plain_form(character: str) -> str:
     return unicodedata.normalize("NFKC", character) if shown else character
 
 
-def writing_of(sentences: Iterable[str], language: str = "", keep_harakat: bool = False) -> Writing:
+def writing_of(
+    sentences: Iterable[str], language: str = "", keep_harakat: bool = False, letters: str = ""
+) -> Writing:
     """Find out how a language is written from its training sentences.
 
     Arguments
@@ -227,6 +235,7 @@ def writing_of(sentences: Iterable[str], language: str = "", keep_harakat: bool 
     language : str
         Its code; only for those that Unicode's rules of case, or apostrophes, do not fit.
     keep_harakat : bool
+    letters : str
         See :class:`Writing`.
 
     Returns
@@ -238,6 +247,8 @@ def writing_of(sentences: Iterable[str], language: str = "", keep_harakat: bool 
     ValueError
         There is no letter in any sentence.
     """
+    if not isinstance(letters, str):  # YAML's reading of 012
+        raise ValueError(f"letters: expected them in quotation marks, '\"123\"', got {letters!r}")
     counts = Counter(script_of(c) for text in sentences for c in text if _is_letter(c))
     counts.pop("MODIFIER", None)  # letters such as ʻ, of any script
     if not counts:
@@ -252,6 +263,7 @@ def writing_of(sentences: Iterable[str], language: str = "", keep_harakat: bool 
         final_apostrophe=code in FINAL_APOSTROPHE,
         initial_apostrophe=INITIAL_APOSTROPHE.get(code, ""),
         keep_harakat=keep_harakat,
+        letters=letters,
     )
 
 
@@ -260,6 +272,7 @@ def clean_parts(
     language: str = "",
     keep_harakat: bool = False,
     drop_shared_texts: bool = False,
+    letters: str = "",
 ) -> dict[str, dict[str, str]]:
     """Clean the sentences of all parts, by rules found in the training part; logs what is lost.
 
@@ -276,6 +289,8 @@ def clean_parts(
     keep_harakat : bool
     drop_shared_texts : bool
         Leave texts that another part has, too, out of ``train``. They are counted in any case.
+    letters : str
+        See :class:`Writing`.
 
     Returns
     -------
@@ -284,7 +299,7 @@ def clean_parts(
     """
     name = f"{language}: " if language else ""
     try:
-        writing = writing_of(parts["train"].values(), language, keep_harakat)
+        writing = writing_of(parts["train"].values(), language, keep_harakat, letters)
     except ValueError as error:
         raise ValueError(f"{name}{error}") from None
     scripts = ", ".join(script.title() for script in writing.scripts if script != "MODIFIER")
@@ -343,6 +358,7 @@ def clean_text_file(
     keep_harakat: bool = False,
     others: Iterable[str | Path] = (),
     drop_shared_texts: bool = False,
+    letters: str = "",
 ) -> str | Path | None:
     """Clean a text for a language model, by rules found in the training transcripts.
 
@@ -365,6 +381,8 @@ def clean_text_file(
         Manifests of dev and test, whose sentences are counted.
     drop_shared_texts : bool
         Leave these out of the text.
+    letters : str
+        See :class:`Writing`.
 
     Returns
     -------
@@ -374,7 +392,7 @@ def clean_text_file(
     if text is None or str(text).endswith(".arpa"):
         return text
     texts = [row["wrd"] for csv in manifests for row in read_rows(csv, "").values()]
-    writing = writing_of(texts, str(language), keep_harakat)
+    writing = writing_of(texts, str(language), keep_harakat, letters)
     cleaned = [writing.clean(line) for line in read_text(text).splitlines()]
     kept = [line for line in cleaned if writing.problem(line) is None]
     said = {row["wrd"] for csv in others for row in read_rows(csv, "").values()}

@@ -39,6 +39,7 @@ def prepare_commonvoice(
     max_missing: float = 0.05,
     keep_harakat: bool = False,
     drop_shared_texts: bool = False,
+    letters: str = "",
 ) -> dict[str, dict[str, Path]]:
     """Write the manifests of one language or of several, each in a folder of its own.
 
@@ -59,6 +60,8 @@ def prepare_commonvoice(
         Keep the vowel marks of Arabic script.
     drop_shared_texts : bool
         Leave sentences that dev or test has, too, out of train. They are counted in any case.
+    letters : str
+        Signs that are letters, such as digits for tones.
 
     Returns
     -------
@@ -82,7 +85,7 @@ def prepare_commonvoice(
             raise ValueError(f"{key}: expected minutes above 0, got {minutes}")
     root = Path(data_folder).absolute()
     check_languages(root, languages)
-    options = (limits, max_missing, keep_harakat, drop_shared_texts)
+    options = (limits, max_missing, keep_harakat, drop_shared_texts, letters)
     return {
         name: _prepare_language(root, Path(save_folder) / name, name, *options)
         for name in languages
@@ -110,6 +113,7 @@ def _prepare_language(
     max_missing: float,
     keep_harakat: bool,
     drop_shared_texts: bool,
+    letters: str,
 ) -> dict[str, Path]:
     folder = expect(root / language, [*(f"{part}.tsv" for part in PARTS), "clips"], LAYOUT)
     names = [file.name for file in os.scandir(folder / "clips")]
@@ -146,7 +150,7 @@ def _prepare_language(
         _refuse_twice(found, table)
         parts[part] = found
     sentences = {part: {r["ID"]: r["sentence"] for r in rows} for part, rows in parts.items()}
-    texts = clean_parts(sentences, language, keep_harakat, drop_shared_texts)
+    texts = clean_parts(sentences, language, keep_harakat, drop_shared_texts, letters)
     made = {
         part: [
             {"ID": r["ID"], "wav": r["wav"], "spk_id": r["spk_id"], "wrd": texts[part][r["ID"]]}

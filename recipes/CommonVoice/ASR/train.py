@@ -32,16 +32,20 @@ def main(argv: list[str]) -> dict:
     hparams, run_opts = load_config(argv, [BASE, FEW_SHOT] if given(argv, "few_shot") else BASE)
     check_said(argv, hparams, "few_shot", "source_languages")
     output_folder = Path(hparams["output_folder"])
-    keys = "language max_minutes max_dev_minutes max_missing keep_harakat drop_shared_texts"
+    keys = "language max_minutes max_dev_minutes max_missing keep_harakat drop_shared_texts letters"
     options = {key: hparams[key] for key in keys.split()}
     manifests = prepared(hparams, prepare_commonvoice, **options)
     train = [parts["train"] for parts in manifests.values()]
-    rules = [hparams["language"], hparams["keep_harakat"]]
+    languages = (
+        hparams["language"] if isinstance(hparams["language"], list) else [hparams["language"]]
+    )
+    # The rules of one language hold for its text; what several share are those of their scripts.
+    rules = [languages[0] if len(languages) == 1 else "", hparams["keep_harakat"]]
     others = [csv for parts in manifests.values() for part, csv in parts.items() if part != "train"]
     hparams["lm_text"] = run_on_main(
         clean_text_file,
         args=[hparams["lm_text"], output_folder / "lm_text.txt", train, *rules],
-        kwargs={"others": others, "drop_shared_texts": hparams["drop_shared_texts"]},
+        kwargs={"others": others, **{k: hparams[k] for k in ("drop_shared_texts", "letters")}},
     )
     return train_ctc(
         hparams,

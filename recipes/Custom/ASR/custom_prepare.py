@@ -43,6 +43,7 @@ def prepare_custom(
     keep_harakat: bool = False,
     drop_shared_texts: bool = False,
     whole: bool = False,
+    letters: str = "",
 ) -> tuple[dict[str, Path], Path]:
     """Check the rows, report on them, and write a manifest for each part.
 
@@ -60,6 +61,8 @@ def prepare_custom(
         Leave texts that dev or test has, too, out of train. They are counted in any case.
     whole : bool
         Decode every file from end to end, and not only its end.
+    letters : str
+        Signs that are letters in this language, such as digits for tones.
 
     Returns
     -------
@@ -74,26 +77,26 @@ def prepare_custom(
     csv, save_folder = Path(csv).absolute(), Path(save_folder)
     with warnings_of("hff_modules", __name__) as warned:
         manifests, report = _prepare(
-            *(csv, save_folder, language, max_bad_share, keep_harakat, drop_shared_texts, whole)
+            *(csv, save_folder, max_bad_share, whole, drop_shared_texts),
+            {"language": language, "keep_harakat": keep_harakat, "letters": letters},
         )
     report += ["  warnings:", *(f"    {warning}" for warning in warned)] if warned else []
     write_atomically(save_folder / "report.txt", "\n".join(report) + "\n")
     return manifests, csv.parent
 
 
-def _prepare(csv, save_folder, language, max_bad_share, keep_harakat, drop_shared_texts, whole):
+def _prepare(csv, save_folder, max_bad_share, whole, drop_shared_texts, rules):
     rows = _usable(csv, _read(csv), max_bad_share, whole)
     given = any(row["split"] for row in rows)
     how = "as the column split says"
     if not given:
-        how = split_rows(rows, writing_of((row["text"] for row in rows), language, keep_harakat))
+        how = split_rows(rows, writing_of((row["text"] for row in rows), **rules))
     parts = {part: [row for row in rows if row["split"] == part] for part in PARTS}
     _check_parts(csv, parts)
     texts = clean_parts(
         {part: {r["ID"]: r["text"] for r in rows} for part, rows in parts.items() if rows},
-        language,
-        keep_harakat,
-        drop_shared_texts,
+        drop_shared_texts=drop_shared_texts,
+        **rules,
     )
     manifests, report = {}, [f"{csv}: {len(rows)} usable rows, parts {how}"]
     for part, cleaned in texts.items():

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> dict | None:
     hparams, run_opts = load_config(argv, [BASE, FEW_SHOT] if given(argv, "few_shot") else BASE)
     check_said(argv, hparams, "few_shot")
     output_folder = Path(hparams["output_folder"])
-    keys = "csv language max_bad_share keep_harakat drop_shared_texts"
+    keys = "csv language max_bad_share keep_harakat drop_shared_texts letters"
     options = {key: hparams[key] for key in keys.split()}
     if hparams["check_only"]:  # what a run has left in the folder stays what it is
         checked = output_folder / "checked"
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> dict | None:
     hparams["lm_text"] = run_on_main(
         clean_text_file,
         args=[hparams["lm_text"], output_folder / "lm_text.txt", train, *rules],
-        kwargs={"others": others, "drop_shared_texts": hparams["drop_shared_texts"]},
+        kwargs={"others": others, **{k: hparams[k] for k in ("drop_shared_texts", "letters")}},
     )
     return train_ctc(
         hparams,
