@@ -36,11 +36,8 @@ def main(argv: list[str]) -> dict:
     options = {key: hparams[key] for key in keys.split()}
     manifests = prepared(hparams, prepare_commonvoice, **options)
     train = [parts["train"] for parts in manifests.values()]
-    languages = (
-        hparams["language"] if isinstance(hparams["language"], list) else [hparams["language"]]
-    )
-    # The rules of one language hold for its text; what several share are those of their scripts.
-    rules = [languages[0] if len(languages) == 1 else "", hparams["keep_harakat"]]
+    # The rules of one language hold for its text; several share those of their scripts.
+    rules = [next(iter(manifests)) if len(manifests) == 1 else "", hparams["keep_harakat"]]
     others = [csv for parts in manifests.values() for part, csv in parts.items() if part != "train"]
     hparams["lm_text"] = run_on_main(
         clean_text_file,
