@@ -100,7 +100,7 @@ class PretendGPU(TorchFunctionMode):
             if name in ("is_cuda", "is_cpu"):
                 return is_on_gpu(args[0]) == (name == "is_cuda")
             return _mark(func(*args)) if is_on_gpu(args[0]) else func(*args)
-        if name in ("to", "cuda", "cpu") and args and isinstance(args[0], torch.Tensor):
+        if name in ("to", "type_as", "cuda", "cpu") and args and isinstance(args[0], torch.Tensor):
             return _to(func, name, args, kwargs)
         if name in ("numpy", "__array__") and is_on_gpu(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -141,7 +141,9 @@ def _check(func, name, args, tensors):
 def _to(func, name, args, kwargs):
     tensor, rest = args[0], list(args[1:])
     goal = {"cuda": GPU, "cpu": CPU}.get(name)
-    if name == "to":
+    if name == "type_as":
+        goal, result = GPU if is_on_gpu(args[1]) else CPU, func(*args)
+    elif name == "to":
         for given in [*rest, *kwargs.values()]:
             if isinstance(given, torch.Tensor):
                 goal = GPU if is_on_gpu(given) else CPU

@@ -385,12 +385,12 @@ def views_and_layers(hparams):
     return views, layers
 
 
-def make_codes(hparams):
+def make_codes(hparams, device="cpu"):
     """Writes codes.npy and targets.json for all prepared frames, unless they are there.
 
     `objective` is "best_rq" (random projections), "cepstra" (clusters of as many cepstral views as
     `codebooks` asks, at most three), "states" (of the teacher's layers `teacher_layers`) or
-    "cepstra+states", whose codebooks are those of both.
+    "cepstra+states", whose codebooks are those of both. The teacher computes on `device`.
     """
     folder, done = Path(hparams["output_folder"]), Path(hparams["output_folder"], "targets.json")
     prepared = (Path(hparams["prepared_folder"]) / "prepared.json").read_bytes()
@@ -409,7 +409,7 @@ def make_codes(hparams):
     if objective == "best_rq":
         codes = targets.random_projection(features, books, size, seed=hparams["seed"])
     else:
-        codes = _cluster_codes(hparams, features, rows, views, layers)
+        codes = _cluster_codes(hparams, features, rows, views, layers, device)
     report = targets.usage(codes, size)
     for book, use in enumerate(report):
         logger.info("codebook %d: %s", book, use)
@@ -428,7 +428,7 @@ def make_codes(hparams):
     write_atomically(done, json.dumps(found, indent=1))
 
 
-def _cluster_codes(hparams, features, rows, views, layers):
+def _cluster_codes(hparams, features, rows, views, layers, device):
     size, codes = hparams["codes"], []
     if views:
         views_at = targets.cepstral_views(features, rows, views)
@@ -437,7 +437,8 @@ def _cluster_codes(hparams, features, rows, views, layers):
         path = Path(hparams["output_folder"]) / "states.f16"
         teacher, cut, workers = (hparams[k] for k in ("teacher", "max_frames", "workers"))
         bf16 = hparams["precision"] == "bf16"
-        for states in targets.states_of(teacher, features, rows, layers, path, cut, workers, bf16):
+        options = (cut, workers, bf16, device)
+        for states in targets.states_of(teacher, features, rows, layers, path, *options):
             # Bound now, as the loop goes on to the next layer's states.
             codes.append(targets.cluster(lambda a, b, s=states: [s[a:b]], len(features), size))
         path.unlink()

@@ -302,7 +302,9 @@ def check_teacher(teacher, layers, width):
         raise ValueError(f"teacher={teacher}: reads {reads} values a frame, expected {width}")
 
 
-def states_of(teacher, features, bounds, layers, path, max_frames, workers=2, bf16=False):
+def states_of(
+    teacher, features, bounds, layers, path, max_frames, workers=2, bf16=False, device="cpu"
+):
     """States of some layers for all utterances, in a file that worker processes fill.
 
     The teacher hears utterances in the pieces in which it was trained: those of recordings of
@@ -323,9 +325,11 @@ def states_of(teacher, features, bounds, layers, path, max_frames, workers=2, bf
     max_frames : int
         Longer utterances are cut as by `cut_evenly`.
     workers : int
-        Processes of one thread each.
+        Processes of one thread each. On a GPU this one does the work.
     bf16 : bool
         The teacher computes in it.
+    device : str
+        Where it computes.
 
     Returns
     -------
@@ -340,10 +344,12 @@ def states_of(teacher, features, bounds, layers, path, max_frames, workers=2, bf
         if batches[-1] and piece[1] * (len(batches[-1]) + 1) > BLOCK // 10:
             batches.append([])
         batches[-1].append(piece)
-    load = (teacher, features.filename, features.shape, tuple(layers), path, shape)
+    load = (teacher, features.filename, features.shape, tuple(layers), path, shape, device)
     _loaded.cache_clear()  # a file of this name may be another one now
+    workers = workers if device == "cpu" else 1
     for _ in in_order(functools.partial(_keep_states, load, bf16), batches, workers):
         pass
+    _loaded.cache_clear()  # nor is the teacher's memory needed
     return states
 
 
@@ -369,10 +375,11 @@ def with_cheap_positions():
 
 
 @functools.lru_cache(maxsize=1)  # once per process
-def _loaded(teacher, features, features_shape, layers, path, shape):
+def _loaded(teacher, features, features_shape, layers, path, shape, device):
     with_cheap_positions()
     model = Wav2Vec2BertModel.from_pretrained(teacher, dtype=torch.float32).eval()
     del model.encoder.layers[max(layers) :]
+    model.to(device)
     features = np.memmap(features, np.float16, mode="r", shape=features_shape)
     return model, features, layers, np.memmap(path, np.float16, mode="r+", shape=shape)
 
@@ -386,12 +393,13 @@ def _keep_states(load, bf16, batch):
         frames = features[start : start + count].astype(np.float32)
         inputs[row, :count] = torch.from_numpy(frames)
         mask[row, :count] = 1
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    inputs, mask = inputs.to(model.device), mask.to(model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         outputs = model(input_features=inputs, attention_mask=mask, output_hidden_states=True)
     for index, layer in enumerate(layers):
+        of_layer = outputs.hidden_states[layer].half().cpu().numpy()
         for row, (start, count) in enumerate(batch):
-            state = outputs.hidden_states[layer][row, :count]
-            states[index, start : start + count] = state.half().numpy()
+            states[index, start : start + count] = of_layer[row, :count]
 
 
 def usage(codes, size):

@@ -26,7 +26,12 @@ from masked_speech import (
     views_and_layers,
 )
 from speech_prepare import as_list, prepare_speech
-from speechbrain.utils.distributed import if_main_process, main_process_only, run_on_main
+from speechbrain.utils.distributed import (
+    if_main_process,
+    infer_device,
+    main_process_only,
+    run_on_main,
+)
 
 from hff_modules.cli import run
 from hff_modules.config import load_config
@@ -212,7 +217,7 @@ def pretrain(hparams, run_opts, folder):
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     run_on_main(prepare_speech, kwargs=hparams["prepare"])
-    run_on_main(make_codes, [hparams])
+    run_on_main(make_codes, [hparams, run_opts.device or infer_device()])
     torch.manual_seed(hparams["seed"])  # preparation draws numbers, too, if it is not done yet
 
     prepared = Path(hparams["prepared_folder"])

@@ -1,5 +1,6 @@
 """Codes that are predicted, and the states and cepstra that they are clusters of."""
 
+import contextlib
 import os
 
 import numpy as np
@@ -10,6 +11,7 @@ from transformers import Wav2Vec2BertModel
 from transformers.audio_utils import mel_filter_bank
 
 from tests.bestrq.runs import tiny_config
+from tests.pretend_gpu import PretendGPU
 
 
 def test_random_projection_codes_are_those_of_speechbrain():
@@ -70,16 +72,16 @@ def test_clusters_of_a_sample_name_all_frames():
         assert targets.assign(view, centres).tolist() == codes[:, book].tolist()
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_teacher_states_are_those_of_each_utterance_or_piece_of_it_alone(tmp_path, bf16):
+@pytest.mark.parametrize(("bf16", "device"), [(False, "cpu"), (True, "cpu"), (False, "cuda:0")])
+def test_teacher_states_are_those_of_each_utterance_or_piece_of_it_alone(tmp_path, bf16, device):
     model = Wav2Vec2BertModel(tiny_config(num_hidden_layers=3)).eval()
     model.save_pretrained(tmp_path)
     features = np.memmap(tmp_path / "features", np.float16, mode="w+", shape=(30, 320))
     features[:] = np.random.default_rng(0).standard_normal((30, 320))
     bounds = [(0, 20), (20, 10)]
-    states = targets.states_of(
-        str(tmp_path), features, bounds, [1, 2], tmp_path / "s", 12, workers=1, bf16=bf16
-    )
+    given = (str(tmp_path), features, bounds, [1, 2], tmp_path / "s", 12)
+    with PretendGPU() if device == "cuda:0" else contextlib.nullcontext():
+        states = targets.states_of(*given, workers=1, bf16=bf16, device=device)
     close = 0.1 if bf16 else 5e-3
     for start, stop in ((0, 10), (10, 20), (20, 30)):
         with torch.no_grad():
