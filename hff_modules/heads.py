@@ -147,8 +147,9 @@ class BLSTMHead(nn.Module):
         for onward, reverse in zip(self.onward, self.reverse, strict=True):
             # Under autocast cuDNN would take fp16 whatever was asked for: bf16 has no loss scaling.
             with torch.autocast(features.device.type, enabled=False):
-                ahead, _ = onward(hidden.float())
-                back, _ = reverse(hidden.float().gather(1, order.expand_as(hidden)))
+                hidden = hidden.to(onward.weight_ih_l0.dtype)
+                ahead, _ = onward(hidden)
+                back, _ = reverse(hidden.gather(1, order.expand_as(hidden)))
             hidden = torch.cat([ahead, back.gather(1, order.expand_as(back))], dim=-1)
             hidden = self.dropout(hidden)
         return self.output(hidden)
