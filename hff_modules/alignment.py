@@ -11,6 +11,7 @@ import torch
 import torchaudio
 
 from hff_modules.data.text import SPACE, Units
+from hff_modules.data.writing import WITHOUT_SPACES, script_of
 
 WORD_START = "\u2581"  # of SentencePiece
 
@@ -26,7 +27,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Word:
-    """A word and the frames that it lasts, ``end`` excluded; ``joined``: no space is before it."""
+    """A word and its frames, ``end`` excluded; ``joined``: it needs no space before."""
 
     text: str
     start: int
@@ -96,7 +97,7 @@ def aligned(log_probs: torch.Tensor, targets: Sequence[int], blank: int = 0) -> 
 
 
 def words(spans: Sequence[Span], texts: Sequence[str], by_letter: bool = False) -> list[Word]:
-    """Join units to words at spaces.
+    """Join units to words at spaces; letters of scripts without spaces can be words of their own.
 
     Arguments
     ---------
@@ -105,24 +106,27 @@ def words(spans: Sequence[Span], texts: Sequence[str], by_letter: bool = False) 
     texts : Sequence[str]
         What each unit writes, from :func:`written`.
     by_letter : bool
-        For scripts without spaces: each letter, with its marks, is one that joins the one before.
+        Each letter of a script without spaces, with its marks, joins the word before.
 
     Returns
     -------
     list[Word]
     """
-    found, letters, start, end = [], "", 0, 0
+    found, letters, start, end, joined, alone = [], "", 0, 0, False, False
+    spaced = False  # there was a space just before
     for span in spans:
         for letter in texts[span.unit]:
-            if by_letter and letters and unicodedata.category(letter)[0] != "M":
-                found.append(Word(letters, start, end, joined=bool(found)))
+            mark = unicodedata.category(letter)[0] == "M" and letters
+            before, alone = alone, by_letter and script_of(letter) in WITHOUT_SPACES
+            if mark:
+                alone = before
+            elif letters and (letter.isspace() or before or alone):
+                found.append(Word(letters, start, end, joined))
                 letters = ""
             if letter.isspace():
-                if letters:
-                    found.append(Word(letters, start, end))
-                letters = ""
+                spaced, alone = True, False
                 continue
-            start = start if letters else span.start
+            if not letters:
+                joined, start, spaced = (before or alone) and not spaced, span.start, False
             letters, end = letters + letter, span.end
-    last = Word(letters, start, end, joined=by_letter and bool(found))
-    return [*found, last] if letters else found
+    return [*found, Word(letters, start, end, joined)] if letters else found

@@ -34,9 +34,7 @@ from hff_modules.files import parse_yaml, read_text
 METHODS = Path(__file__).resolve().parent.parent / "hparams"  # one file per method, for all recipes
 
 # SpeechBrain's run options that decide about results: keys of ours, too, so that they are compared
-DECISIVE = (
-    "precision eval_precision max_grad_norm grad_accumulation_factor skip_nonfinite_grads"
-).split()
+DECISIVE = ("precision", "eval_precision", "max_grad_norm", "grad_accumulation_factor")
 DEBUG = "-debug"  # behind the name of the folder of a run that only tries a few batches
 # What may change between two commands that work on one run: where things lie (the encoder's content
 # is compared, not its name), what is stored and logged, and what follows training.

@@ -318,23 +318,23 @@ def model_for(
         raise ValueError(f"lm: expected {' or '.join(KINDS)}, got {kind!r}")
     if text_file is not None and str(text_file).endswith(".arpa"):
         lm = load_arpa(text_file)
-        known = [token for token in lm.ngrams[1][()] if token not in NO_TEXT]
-        of_words = sum(len(token) > 1 for token in known) > len(known) / 2
+        shares = {t: 10**p for t, p in lm.ngrams[1][()].items() if t not in NO_TEXT}
+        of_words = sum(len(token) > 1 for token in shares) > len(shares) / 2
         if of_words != (kind == "word"):
             found = "words" if of_words else "characters"
             raise ValueError(f"lm: {kind}, but {text_file} is a model of {found}")
-        _check_written(text_file, known, units)
+        strange = units.count_unknown(shares)
+        unknown = sum(p * sum(c in strange for c in token) for token, p in shares.items())
+        if unknown > sum(p * len(token) for token, p in shares.items()) / 2:
+            raise ValueError(
+                f"lm_text {text_file}: most of its text is of characters that are not among the "
+                "units; expected it written like the transcripts. "
+                f"{units.describe_unknown(strange)}"
+            )
         return lm
     if text_file is not None:
         texts = read_text(text_file).splitlines()
     texts = [text for text in map(normalize, texts) if text]
-    _check_written(text_file, texts, units)
-    if kind == "word" and not any(SPACE in text for text in texts):
-        raise ValueError("lm: a model of words needs text with spaces; expected lm: char")
-    return train_ngram((tokens(text, kind) for text in texts), order)
-
-
-def _check_written(text_file: str | Path | None, texts: Sequence[str], units: Units) -> None:
     letters = sum(len(text.replace(SPACE, "")) for text in texts)
     unknown = units.count_unknown(texts)
     if unknown.total() > letters / 2:
@@ -342,6 +342,9 @@ def _check_written(text_file: str | Path | None, texts: Sequence[str], units: Un
             f"lm_text {text_file}: {unknown.total()} of its {letters} characters are not among the "
             f"units; expected text written like the transcripts. {units.describe_unknown(unknown)}"
         )
+    if kind == "word" and not any(SPACE in text for text in texts):
+        raise ValueError("lm: a model of words needs text with spaces; expected lm: char")
+    return train_ngram((tokens(text, kind) for text in texts), order)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -308,7 +308,8 @@ def as_folder(text: str) -> str:
 def as_argument(value: Any) -> str:
     """A value as the command line of a run takes it, in YAML."""
     if isinstance(value, str):
-        return value
+        number = re.fullmatch(r"[-+]?[\d_]*\.?\d+([eE][-+]?\d+)?|0[xo][\da-fA-F]+", value)
+        return json.dumps(value) if number else value
     if isinstance(value, float) and "e" in repr(value) and "." not in repr(value):
         return repr(value).replace("e", ".0e")  # 1e-05 is a text to some readers of YAML
     return json.dumps(value, ensure_ascii=False)

@@ -32,7 +32,6 @@ from hff_modules.data.audio import AudioError, read_audio
 from hff_modules.data.batches import by_length, padded
 from hff_modules.data.loading import needed_frames
 from hff_modules.data.text import Units
-from hff_modules.data.writing import writing_of
 from hff_modules.export_format import ExportError
 from hff_modules.exported import Exported, load_exported
 from hff_modules.files import open_atomically
@@ -54,7 +53,7 @@ PAUSE, CUE_SECONDS, CUE_LETTERS = 1.0, 6.0, 84  # where a subtitle ends
 
 @dataclass(frozen=True)
 class TimedWord:
-    """A word, and from when to when it lasts in seconds; ``joined``: no space is before it."""
+    """A word, and from when to when it lasts in seconds; ``joined``: it needs no space before."""
 
     text: str
     start: float
@@ -63,7 +62,7 @@ class TimedWord:
 
 
 class Decoder:
-    """From log probabilities to words and their frames; to letters, in scripts without spaces.
+    """From log probabilities to words, in scripts without spaces letters, and their frames.
 
     Arguments
     ---------
@@ -75,8 +74,6 @@ class Decoder:
 
     def __init__(self, units: Units, search: Search | None = None):
         self.units, self.written, self.search = units, written(units), search
-        letters = [letter for letter in "".join(self.written) if letter.isalpha()]
-        self.by_letter = bool(letters) and not writing_of(letters).has_spaces
 
     def best_words(self, log_probs: torch.Tensor) -> list[Word]:
         """Words of the best path through (frames, units)."""
@@ -87,13 +84,13 @@ class Decoder:
         """Words of the best path, or of the beam search, aligned to the frames."""
         if self.search is None or len(log_probs) == 0:
             spans = best_path(log_probs.argmax(-1).tolist(), self.units.blank_index)
-            return words(spans, self.written, self.by_letter)
+            return words(spans, self.written, by_letter=True)
         text = self.search(log_probs[None], torch.ones(1))[0]
         ids = self.units.encode(text)
         if needed_frames(ids) > len(log_probs):  # spelt otherwise than the search did
             return [Word(word, 0, len(log_probs)) for word in text.split()]
         spans = aligned(log_probs, ids, self.units.blank_index)
-        return words(spans, self.written, self.by_letter)
+        return words(spans, self.written, by_letter=True)
 
 
 def beam_search(units: Units, width: int) -> Search:
@@ -308,6 +305,7 @@ def _noting(found: Iterable[TimedWord], name: str, file: TextIO) -> Iterator[Tim
     file.write(f'{{"file": {json.dumps(name, ensure_ascii=False)}, "words": [')
     for number, word in enumerate(found):
         entry = {"word": word.text, "start": word.start, "end": word.end}
+        entry |= {"joined": True} if word.joined and number else {}
         file.write(", " * (number > 0) + json.dumps(entry, ensure_ascii=False))
         yield word
 

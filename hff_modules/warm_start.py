@@ -146,7 +146,7 @@ def check_unheard(folder: str | Path, parts: Mapping[str, DynamicItemDataset]) -
     """Refuse to test on recordings that the run which is started from was trained on.
 
     Parts that are chosen anew when rows are added are what leads there. Recordings are known by
-    file name, duration and text; sentences said before are counted in a warning.
+    file name, duration, text and speaker, or folder. Sentences said before are counted.
 
     Arguments
     ---------
@@ -179,8 +179,9 @@ def check_unheard(folder: str | Path, parts: Mapping[str, DynamicItemDataset]) -
             )
 
 
-def _recording(row: Mapping[str, Any]) -> tuple[str, float, str | None]:
-    return Path(row["wav"]).name, round(float(row["duration"]), 2), row.get("wrd")
+def _recording(row: Mapping[str, Any]) -> tuple:
+    wav, seconds = Path(row["wav"]), round(float(row["duration"]), 2)
+    return wav.name, seconds, row.get("wrd"), row.get("spk_id") or wav.parent.name
 
 
 def _apart_from_units(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from hff_modules import compare, comparison, plots, runner, tables
 from hff_modules.config import METHODS, find_method, merge_files
-from hff_modules.plan import PlanError, as_folder, make_plan, read_plan
+from hff_modules.plan import PlanError, as_argument, as_folder, make_plan, read_plan
 from tests.test_training import make_speech
 
 ROOT = Path(__file__).parent.parent
@@ -380,6 +380,14 @@ def test_devices_are_handed_out_in_turn(recipe, monkeypatch):
     (run,) = comparison.pending(plan, {})
     assert runner.command(plan, run, "cuda:1")[-2:] == ["--device", "cuda:0"]
     assert runner.command(plan, run, "cpu")[-2:] == ["--device", "cpu"]
+
+
+def test_texts_that_look_like_numbers_stay_texts_on_a_command_line():
+    assert [as_argument(text) for text in ("123", "012", "1e-3", "-4")] == [
+        '"123"', '"012"', '"1e-3"', '"-4"'
+    ]  # fmt: skip
+    for text in ("last:3", "tpa", "!name:torch.nn.ReLU", "{a: 1}", "10min", "fr"):
+        assert as_argument(text) == text
 
 
 def test_rows_on_different_data_are_not_comparable():

@@ -215,6 +215,14 @@ def test_dev_and_test_take_about_a_tenth_each(tmp_path, save, speakers, train):
     assert len(made["train"]) == train and len(made["dev"]) == len(made["test"])
 
 
+def test_a_speaker_of_a_few_clips_does_not_end_the_split_by_speakers(tmp_path, save):
+    big = [f"speaker {n}" for n in range(6) for _ in range(5)]
+    for small in ("a", "b", "c", "d", "e", "f", "g", "h"):  # some come first
+        rows = recordings(tmp_path, 31, speaker=lambda n, small=small: [*big, small][n])
+        prepare_custom(write_csv(tmp_path / "my.csv", rows), save)
+        assert "parts by speaker" in (save / "report.txt").read_text()
+
+
 def test_the_report_has_the_warnings_too(tmp_path, save):
     rows = recordings(tmp_path, split=lambda n: ["train", "dev", "test"][n % 3])
     rows[0]["wav"], rows[3]["text"] = "audio/gone.wav", "12 of 20"

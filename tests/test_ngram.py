@@ -205,7 +205,7 @@ def test_long_texts_are_scored_after_memory_is_cleared(monkeypatch):
     [
         ("word", "char", "lm: char, but .*lm.arpa is a model of words"),
         ("char", "word", "lm: word, but .*lm.arpa is a model of characters"),
-        ("CHAR", "char", "lm_text .*lm.arpa: .* characters are not among the units"),
+        ("CHAR", "char", "lm_text .*lm.arpa: most of its text is of characters that are not among"),
     ],
 )
 def test_an_arpa_file_of_other_tokens_is_refused(tmp_path, written, kind, message):
@@ -215,6 +215,13 @@ def test_an_arpa_file_of_other_tokens_is_refused(tmp_path, written, kind, messag
     write_arpa(train_ngram(sentences, 2), tmp_path / "lm.arpa")
     with pytest.raises(ValueError, match=message):
         model_for(kind, 2, [], tmp_path / "lm.arpa", CharUnits.from_texts(TEXTS))
+
+
+def test_rare_characters_of_an_arpa_file_may_be_unknown(tmp_path):
+    sentences = [tokens(text, "char") for text in TEXTS * 20]
+    sentences += [(chr(number),) for number in range(0x4E00, 0x4E80)]
+    write_arpa(train_ngram(sentences, 2), tmp_path / "lm.arpa")
+    assert model_for("char", 2, [], tmp_path / "lm.arpa", CharUnits.from_texts(TEXTS))
 
 
 def test_weights_are_chosen_on_no_more_of_dev_than_allowed():

@@ -12,6 +12,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
+from hff_modules.alignment import Span, words
 from hff_modules.data import CharUnits
 from hff_modules.export import export
 from hff_modules.export_format import ExportError
@@ -296,7 +297,7 @@ def test_scripts_without_spaces_have_times_and_subtitles_by_letter(tmp_path):
     for decoder in (Decoder(units), Decoder(units, lambda *given: ["กินข้าว" * 30])):
         found = decoder.words(log_probs.clamp(min=-20))
         assert [word.text for word in found[:5]] == ["กิ", "น", "ข้", "า", "ว"], "marks stay"
-        assert [word.joined for word in found[:2]] == [False, True]
+        assert all(word.joined for word in found)
         assert "".join(word.text for word in found) == "กินข้าว" * 30
     timed = [TimedWord(w.text, w.start / 25, w.end / 25, w.joined) for w in found]
     with open(tmp_path / "a.srt", "w", encoding="utf-8") as file:
@@ -306,7 +307,29 @@ def test_scripts_without_spaces_have_times_and_subtitles_by_letter(tmp_path):
     with open(tmp_path / "a.txt", "w", encoding="utf-8") as file:
         write_text("", iter(timed), file)
     assert (tmp_path / "a.txt").read_text() == "กินข้าว" * 30 + "\n"
-    assert not Decoder(UNITS).by_letter
+
+
+def test_words_in_a_script_with_spaces_keep_them_among_letters_without():
+    texts = ["", *"我们 the"]
+    spans = [Span(unit, 2 * unit, 2 * unit + 1) for unit in (1, 2, 4, 5, 6, 3, 1, 3, 4, 5, 6)]
+    found = words(spans, texts, by_letter=True)
+    assert [(word.text, word.joined) for word in found] == [
+        *(("我", True), ("们", True), ("the", True), ("我", False), ("the", False)),
+    ]
+    assert [word.text for word in words(spans, texts)] == ["我们the", "我", "the"]
+
+
+def test_stretches_of_a_script_without_spaces_are_joined_without_one(tmp_path):
+    letters = "กขคงจฉชซญฎ"
+    model, units = Heard(), CharUnits.from_texts([letters])
+    model.units = units
+    assert units.size == UNITS.size
+    text = "".join(letters[n * n % 10] for n in range(900))
+    frames = torch.tensor([label for unit in units.encode(text) for label in (0, 0, unit)]) / 100
+    found = Transcriber(model).stream([frames.repeat_interleave(STRIDE)])
+    with open(tmp_path / "a.txt", "w", encoding="utf-8") as file:
+        write_text("", found, file)
+    assert (tmp_path / "a.txt").read_text() == text + "\n"
 
 
 MEMORY = """

@@ -102,7 +102,7 @@ def test_what_the_other_run_was_trained_on_is_not_tested_on(first, tmp_path, cap
     heard = dict(list(read_rows(manifest, "").items())[:2])
     with pytest.raises(ValueError, match="was trained on 2 of the 2 recordings of dev"):
         check_unheard(first, {"dev": DynamicItemDataset(heard)})
-    others = {ID: {**row, "wav": "/other/voice.wav"} for ID, row in heard.items()}
+    others = {ID: {**row, "spk_id": "another"} for ID, row in heard.items()}
     with caplog.at_level(logging.WARNING):
         check_unheard(first, {"test": DynamicItemDataset(others)})
     assert "test: 2 of 2 sentences were said in the training of" in caplog.text

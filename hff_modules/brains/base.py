@@ -108,6 +108,8 @@ class SSLBrain(sb.Brain):
         super().__init__(
             modules=modules, hparams=hparams, run_opts=run_opts, checkpointer=checkpointer
         )
+        # Else SpeechBrain counts such batches, and steps; a scaler does it by itself.
+        self.skip_nonfinite_grads = not self.scaler.is_enabled()
         self.meter = Meter(self.device)
         self.total_steps, self.waiting_steps = None, 0
         self.test_set = "test"  # the one that is being scored

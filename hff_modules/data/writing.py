@@ -396,10 +396,14 @@ def clean_text_file(
     cleaned = [writing.clean(line) for line in read_text(text).splitlines()]
     kept = [line for line in cleaned if writing.problem(line) is None]
     said = {row["wrd"] for csv in others for row in read_rows(csv, "").values()}
-    known = list(map(_finder(said, writing.has_spaces), kept))
-    shared = set().union(*known)
+    said_in, shared, unheard = _finder(said, writing.has_spaces), set(), []
+    for line in kept:
+        found = said_in(line)
+        shared |= found
+        if not found:
+            unheard.append(line)
     if drop_shared_texts:
-        kept = [line for line, found in zip(kept, known, strict=True) if not found]
+        kept = unheard
     elif shared:
         logger.warning(
             f"{text}: {len(shared)} of the {len(said)} sentences of dev and test are in it: a "

@@ -17,8 +17,8 @@ from hff_modules.plan import as_argument, as_folder
 
 # What is said of the new language, and of how it is learned; the rest holds for both stages.
 OF_TARGET = (
-    "language dataset source_languages source_options sources_folder start_from few_shot seed "
-    "output_folder max_minutes max_dev_minutes number_of_epochs frozen_epochs patience "
+    "language letters dataset source_languages source_options sources_folder start_from few_shot "
+    "seed output_folder max_minutes max_dev_minutes number_of_epochs frozen_epochs patience "
     "batch_seconds max_batch_size testing decoding test_only fill_only analysis"
 ).split()
 # What the first stage gives does not hang on: it is no part of its folder's name.

@@ -247,8 +247,10 @@ def _shared_out(rows: Sequence[dict], key) -> dict[str, str] | None:
     for part in ("test", "dev"):
         filled = 0.0
         for group in order:
-            nearer = seconds[group] <= 2 * (SHARE * total - filled) + 1e-6  # to a tenth than before
-            if group not in parts and nearer:
+            with_it, enough = filled + seconds[group], filled >= SHARE / 2 * total
+            # Nearer to a tenth than without it; as long as there is too little, up to a fifth.
+            most = 2 * SHARE * total - (filled if enough else 0.0)
+            if group not in parts and with_it <= most + 1e-6:
                 parts[group] = part
                 filled += seconds[group]
         if filled < SHARE / 2 * total:  # a few clips would choose the epoch, or be the result
