@@ -27,6 +27,7 @@ from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
 from hff_modules.cache import AudioDigests, StateCache, bytes_per_frame
+from hff_modules.cli import default_device
 from hff_modules.config import rebuilt
 from hff_modules.encoder import SSLEncoder
 from hff_modules.files import read_json, write_atomically
@@ -372,7 +373,7 @@ def choose_layers(
 
 
 def _analysis(hparams, run_opts, task, train, dev, cache) -> Analysis:
-    device = run_opts.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = run_opts.get("device") or default_device()
     settings = ("cache_dtype", "batch_seconds", "cache_gigabytes", "speed")
     encoder = hparams["ssl_encoder"].to(device)
     if len(encoder.layers) < encoder.num_layers + 1:

@@ -1,6 +1,6 @@
 """What a comparison has to run, what is chosen from it, and its table and pictures.
 
-Nothing is started here: :mod:`hff_modules.compare` does that.
+Nothing is started here: :mod:`hff_modules.runner` does that.
 """
 
 import csv

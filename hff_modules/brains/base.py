@@ -245,7 +245,7 @@ class SSLBrain(sb.Brain):
         return {part: optimizer for part, optimizer in optimizers.items() if part not in waiting}
 
     def check_gradients(self) -> None:
-        """Drop all gradients if one is no number; a norm takes a tenth of SpeechBrain's check."""
+        """Drop all gradients if one is no number; by their norm, one pass over them."""
         groups = (g for one in self.optimizers_dict.values() for g in one.param_groups)
         trained = [p for group in groups for p in group["params"] if p.grad is not None]
         if not torch.nn.utils.get_total_norm([p.grad for p in trained]).isfinite():
