@@ -1,5 +1,6 @@
 """Parts of the pretraining: model and head, masked batches of stored log-mels, codes on disk."""
 
+import copy
 import csv
 import hashlib
 import json
@@ -34,6 +35,7 @@ SHAPE = (
     "feature_projection_input_dim position_embeddings_type left_max_position_embeddings "
     "right_max_position_embeddings"
 ).split()
+DROPOUTS = "hidden_dropout activation_dropout attention_dropout conformer_conv_dropout".split()
 
 
 @register_checkpoint_hooks
@@ -113,7 +115,9 @@ class Pretrainer(nn.Module):
     def export(self, folder, stride, report):
         """Half-precision encoder as a Hugging Face folder; `report` goes to training.json."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        config = self.encoder.config
+        config = copy.deepcopy(self.encoder.config)
+        for place in DROPOUTS:  # this run's: whoever tunes the encoder has another task and data
+            setattr(config, place, 0.0)
         half = Wav2Vec2BertModel(config).half()
         half.load_state_dict(self.encoder.state_dict())
         half.save_pretrained(folder)

@@ -103,3 +103,13 @@ def test_only_training_hears_what_is_changed_and_codes_and_masks_stay(trained, c
         assert (valid == same_valid).all() and (named == same_named).all()
         change = (heard - plain).square().mean() / plain.square().mean()
         assert change > 0.01 if part == "train" else change == 0
+
+
+def test_dropout_stays_with_the_pretraining(tmp_path):
+    config = tiny_config(**dict.fromkeys(masked_speech.DROPOUTS, 0.3))
+    pretrainer = masked_speech.Pretrainer(config, 1, 4)
+    pretrainer.export(tmp_path, 4, {})
+    exported = Wav2Vec2BertModel.from_pretrained(tmp_path)
+    for place in masked_speech.DROPOUTS:
+        assert getattr(exported.config, place) == 0
+        assert getattr(pretrainer.encoder.config, place) == 0.3
