@@ -35,7 +35,7 @@ ALIKE = ("task", "dataset", "method", "encoder", "layers", "horizon")
 ALIKE += ("trainable_encoder_parameters", "trainable_parameters")
 # What runs have in common where a label says that they belong together
 OF_A_ROW = ("settings", "processes", "auto_layers", "dataset", "languages", "encoder")
-OF_A_ROW += ("layers", "trainable_parameters")
+OF_A_ROW += ("weights", "layers", "trainable_parameters")
 _BLOCK = re.compile(
     r"(<!-- table: (\S+)((?: \| [^|\n]+)*) -->\n).*?(<!-- end of table -->)", re.DOTALL
 )
@@ -156,7 +156,7 @@ def check_rows(runs: Sequence[dict]) -> None:
                 f"{name}: {_which(run)} was trained, chosen or tested on other data than "
                 f"{_which(fold)}; a row is a mean over seeds or folds, of nothing else"
             )
-        chosen = ("layers", "trainable_parameters") if "auto_layers" in run else ()
+        chosen = ("weights", "layers", "trainable_parameters") if "auto_layers" in run else ()
         for key in [key for key in OF_A_ROW if key not in chosen]:
             if key in run and key in before and run[key] != before[key]:
                 name = run.get("label") or run["method"]

@@ -118,7 +118,11 @@ def test_an_exported_model_computes_what_the_run_computed(trained, tones, tmp_pa
         assert lengths[index] == len(expected), row
         torch.testing.assert_close(outputs[index, : len(expected)], expected, rtol=0, atol=1e-4)
     manifest = json.loads((tmp_path / "model" / "hff.json").read_text())
-    assert manifest["horizon"] == json.loads((folder / "results.json").read_text())["horizon"]
+    results = json.loads((folder / "results.json").read_text())
+    assert manifest["horizon"] == results["horizon"]
+    assert (
+        results["weights"] == SSLEncoder(results["encoder"], layers=results["layers"]).fingerprint
+    )
     assert model.horizon == manifest["horizon"] and model.layers == manifest["layers"]
     assert list(model.encoder.adapters) == model.adapters
 

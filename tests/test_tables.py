@@ -91,9 +91,9 @@ def test_runs_with_and_without_a_score_on_dev_make_one_table(tmp_path):
 
 def test_a_row_is_a_mean_over_seeds_and_of_nothing_else(tmp_path):
     first, second, target = (tmp_path / name for name in ("first.json", "second.json", "all.json"))
-    first.write_text(json.dumps([run(label="a", settings="1")]))
+    first.write_text(json.dumps([run(label="a", settings="1", weights="1")]))
     add(first, target)
-    for other in ({"settings": "2"}, {"encoder": "other"}, {"layers": [12]}):
+    for other in ({"settings": "2"}, {"encoder": "other"}, {"layers": [12]}, {"weights": "2"}):
         second.write_text(json.dumps([run(label="a", seed=2, **{"settings": "1"} | other)]))
         (key,) = other
         with pytest.raises(ValueError, match=f"a: seed 2 has other {key} than seed 1"):

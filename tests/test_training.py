@@ -139,7 +139,7 @@ def test_every_method_trains_tests_and_leaves_its_results(
 def test_random_weights_are_called_untrained_in_results_and_table(job, tmp_path, capsys):
     options = ["--encoder_pretrained", "false", "--number_of_epochs", "1", "--layers", "[2, 4]"]
     results = job(tmp_path, *options, count=2)
-    assert results["encoder"].endswith(" (untrained)")
+    assert results["encoder"].endswith(" (untrained)") and "weights" not in results
     assert " (untrained), layers 2, 4" in capsys.readouterr().out
 
 

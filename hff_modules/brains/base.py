@@ -397,6 +397,7 @@ class SSLBrain(sb.Brain):
             "dataset": self.hparams.dataset,
             "method": self.hparams.method,
             "encoder": self.encoder.source + " (untrained)" * self.encoder.untrained,
+            **({} if self.encoder.untrained else {"weights": self.encoder.fingerprint}),
             "layers": list(self.encoder.layers),
             "horizon": self.horizon,
             **count_parameters(self.parts),
