@@ -21,15 +21,13 @@ from hff_modules.ngram import Fused, tokens, train_ngram, write_arpa
 from hff_modules.recordings import Recording
 from hff_modules.transcribe import (
     Decoder,
-    TimedWord,
     Transcriber,
     _short,
     joined,
     main,
     transcribe,
-    write_srt,
-    write_text,
 )
+from hff_modules.transcripts import TimedWord, write_srt, write_text
 from tests.test_export import learned, read_tones, recognised, tones, trained  # noqa: F401
 from tests.test_recordings import broken_files
 
