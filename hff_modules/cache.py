@@ -12,13 +12,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from speechbrain.utils.distributed import is_distributed_initialized
+from speechbrain.utils.distributed import ddp_broadcast, ddp_prevent_block, if_main_process
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
@@ -142,7 +143,7 @@ class StateCache:
         progress: bool = True,
         speeds: Sequence[float] | None = None,
     ) -> dict[str, float]:
-        """Compute what is missing, short utterances first.
+        """Compute what is missing, short utterances first; under torchrun each process its share.
 
         Where another run has kept more layers of the same encoder for all these utterances, theirs
         are read and nothing is computed.
@@ -177,46 +178,66 @@ class StateCache:
             (str(wav), float(speed)): long / speed
             for wav, long, speed in zip(wavs, seconds, speeds, strict=True)
         }
-        if self._absent(wanted) and not self._use_superset(wanted):
-            with self._alone():  # two runs that start together do not compute the same twice
-                return self._fill(wanted, batch_seconds, progress)
-        self.digests.save()
+        with ExitStack() as held:
+            todo = self._missing(wanted, held) if if_main_process() else None
+            todo = ddp_broadcast(todo)
+            if not if_main_process():
+                self.digests.load()  # the main process has hashed all
+                if not todo:  # finds out where to read
+                    self._lacking(wanted)
+            if todo:
+                return self._compute_all(todo, batch_seconds, progress)
         return {"utterances": 0, "seconds": 0.0, "gigabytes": 0.0}
 
     def _absent(self, wanted: Iterable[Variant]) -> list[Variant]:
         return [variant for variant in wanted if not self._found(*variant)[0].exists()]
 
-    def _alone(self):
-        """Wait until no other process fills states of the same encoder."""
-        return locked(self.folder.parent / f"{self.encoder.fingerprint_up_to(0)}.lock")
-
-    def _fill(self, wanted, batch_seconds, progress) -> dict[str, float]:
-        todo = {variant: wanted[variant] for variant in self._absent(wanted)}
+    def _missing(self, wanted: Mapping[Variant, float], held: ExitStack) -> dict[Variant, float]:
+        """What is to be computed; then the lock is `held`, and the disk is large enough."""
+        lacking = self._lacking(wanted)
+        if lacking:  # two runs that start together do not compute the same twice
+            lock = self.folder.parent / f"{self.encoder.fingerprint_up_to(0)}.lock"
+            held.enter_context(locked(lock))
+            lacking = self._lacking(wanted)
         self.digests.save()
-        if not todo or self._use_superset(wanted):
-            return {"utterances": 0, "seconds": 0.0, "gigabytes": 0.0}
+        todo = {variant: wanted[variant] for variant in lacking}
+        if todo:
+            self._check_space(self.gigabytes(todo.values()), sum(todo.values()) / 3600)
+        return todo
+
+    def _lacking(self, wanted: Iterable[Variant]) -> list[Variant]:
+        """What is neither here nor, with all that is wanted, in a place with more layers."""
+        absent = self._absent(wanted)
+        return [] if not absent or self._use_superset(wanted) else absent
+
+    def _compute_all(
+        self, todo: Mapping[Variant, float], batch_seconds: float, progress: bool
+    ) -> dict[str, float]:
+        """Store the states of all; each process takes its share of the batches."""
         total, gigabytes = sum(todo.values()), self.gigabytes(todo.values())
-        self._check_space(gigabytes, total / 3600)
+        number, processes = _share()
         mode = self.encoder.training
         self.encoder.eval()
         bar = tqdm(
-            total=round(total),
+            total=round(total / processes),
             unit=" s of speech",
             desc="caching",
-            disable=None if progress else True,  # None: a bar in a terminal, nothing in a log file
+            # None: a bar in a terminal, nothing in a log file
+            disable=None if progress and number == 0 else True,
         )
         start, unreadable = time.perf_counter(), []
         try:
             logger.info(
                 f"caching states {self.layers} of {len(todo)} utterances ({total / 3600:.2f} h): "
-                f"about {gigabytes:.2f} GB in {self.folder}{self._about_time(total)}"
+                f"about {gigabytes:.2f} GB in {self.folder}{self._about_time(total / processes)}"
             )
-            for batch in by_length(todo, todo.get, batch_seconds):
+            for batch in [*by_length(todo, todo.get, batch_seconds)][number::processes]:
                 self._compute(batch, unreadable)
                 bar.update(round(sum(todo[variant] for variant in batch)))
         finally:
             bar.close()
             self.encoder.train(mode)
+        unreadable = _of_all(unreadable)
         if unreadable:  # all of them at once, after hours
             raise AudioError(
                 f"{len(unreadable)} audio files cannot be read; leave them out:\n  "
@@ -236,11 +257,6 @@ class StateCache:
         start = time.perf_counter()
         _file(self.encoder.encode(noise)[0][0], self.dtype)  # waits for a GPU
         minutes = (time.perf_counter() - start) / 5 * seconds / 60
-        if is_distributed_initialized() and minutes > 60:
-            logger.warning(
-                "the other processes wait for one that stores states, and give up after two hours: "
-                "better run this with --fill_only true in a single process first"
-            )
         return f", about {minutes:.1f} minutes"
 
     def _use_superset(self, wanted: Iterable[Variant]) -> bool:
@@ -303,6 +319,21 @@ class StateCache:
             write_atomically(self.path(*variant), _file(states[:count], self.dtype))
 
 
+def _share() -> tuple[int, int]:
+    """Number of this process among those that compute together, and how many they are."""
+    if ddp_prevent_block():  # there is but one, or SpeechBrain runs only the main one here
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _of_all(found: list[str]) -> list[str]:
+    """What all processes found; waits for them."""
+    shares: list = [found] * _share()[1]
+    if len(shares) > 1:
+        torch.distributed.all_gather_object(shares, found)
+    return [one for share in shares for one in share]
+
+
 def _pack(states: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
     if dtype == "int8":
         scale = states.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
@@ -338,8 +369,12 @@ class AudioDigests:
     def __init__(self, path: Path):
         self.path = path
         self._checked: dict[str, str] = {}  # this run
+        self.load()
+
+    def load(self) -> None:
+        """Read what has been saved."""
         try:
-            self._known = json.loads(path.read_text())
+            self._known = json.loads(self.path.read_text())
         except (OSError, ValueError):  # absent or damaged: hashing again is all it costs
             self._known = {}
 

@@ -10,6 +10,7 @@ import torch
 from hff_modules import SSLEncoder, adapters
 from hff_modules.cache import CacheError, StateCache
 from hff_modules.data.audio import AudioError
+from tests.corpora import in_two_processes
 
 SECONDS = [0.4, 0.9, 0.6, 0.75]
 
@@ -240,3 +241,59 @@ def test_nothing_is_stored_of_an_adapted_whisper(make_encoder_folder):
 def test_an_unknown_type_is_refused(encoder, tmp_path):
     with pytest.raises(CacheError, match="dtype='int4'.*fp32, fp16, bf16, int8"):
         StateCache(tmp_path, encoder, "int4")
+
+
+SHARED = """
+import json, sys
+import torch
+from speechbrain.utils.distributed import ddp_init_group, run_on_main
+from hff_modules import SSLEncoder
+from hff_modules.cache import StateCache
+from hff_modules.data.audio import AudioError
+
+about = json.loads(sys.argv[1])
+ddp_init_group({"distributed_backend": "gloo"})
+encoder = SSLEncoder(about["encoder"], layers=[1, 2, 4])
+computed = []
+
+def cache_at(folder, layers=None):
+    chosen = encoder if layers is None else SSLEncoder(about["encoder"], layers=layers)
+    cache = StateCache(folder, chosen)
+    compute = cache._compute
+    cache._compute = lambda batch, unreadable: computed.append(batch) or compute(batch, unreadable)
+    return cache
+
+cache = cache_at("cache")
+good, bad = about["wavs"], about["bad"]
+spent = cache.fill(good, about["seconds"], batch_seconds=0.1)["utterances"]
+outcome = {"spent": spent, "computed": [wav for ((wav, _),) in computed]}
+outcome["known"] = len(cache.digests._known)
+outcome["sum"] = float(cache.read(good[0]).double().sum())
+few = cache_at("cache", [2])
+assert few.fill(good, about["seconds"])["utterances"] == 0 and few.read(good[1]).shape[1] == 1
+run_on_main(cache_at("mine").fill, args=[good, about["seconds"]])  # nobody waits for anybody
+try:
+    cache_at("bad").fill(bad, [0.5] * len(bad), batch_seconds=0.1)
+except AudioError as error:
+    outcome["error"] = str(error)
+with open(f"{torch.distributed.get_rank()}.json", "w") as file:
+    json.dump(outcome, file)
+"""
+
+
+def test_processes_that_train_together_share_the_work(encoder_folder, encoder, wavs, tmp_path):
+    bad = [str(tmp_path / f"bad{number}.wav") for number in range(2)]
+    for path in bad:
+        soundfile.write(path, [0.1, float("nan")] * 4000, 16000, subtype="FLOAT")
+    (tmp_path / "script.py").write_text(SHARED)
+    about = {"encoder": str(encoder_folder), "wavs": wavs, "seconds": SECONDS, "bad": bad}
+    in_two_processes(tmp_path / "script.py", [json.dumps(about)])
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert len(first["computed"]) == len(second["computed"]) == 2
+    assert {*first["computed"], *second["computed"]} == {*wavs}
+    cache = StateCache(tmp_path / "alone", encoder)
+    cache.fill(wavs, SECONDS, batch_seconds=0.1)
+    for outcome in (first, second):
+        assert outcome["spent"] == outcome["known"] == 4, "hashed once, by the main process"
+        assert outcome["sum"] == pytest.approx(float(cache.read(wavs[0]).double().sum()))
+        assert all(path in outcome["error"] for path in bad)

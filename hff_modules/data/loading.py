@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset, FilteredSortedDynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler
-from speechbrain.utils.distributed import if_main_process, run_on_main
+from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
 from hff_modules.cache import StateCache
@@ -89,10 +89,7 @@ def filled_cache(
         for name in dataset.data_ids
     ]
     wavs, seconds, speeds = zip(*wanted, strict=True)
-    options = {"batch_seconds": hparams["batch_seconds"], "speeds": speeds}
-    run_on_main(cache.fill, args=[wavs, seconds], kwargs=options)
-    if not if_main_process():
-        cache.fill(wavs, seconds, speeds=speeds)  # nothing is missing: finds out where to read
+    cache.fill(wavs, seconds, hparams["batch_seconds"], speeds=speeds)
     return cache
 
 
