@@ -8,6 +8,7 @@ that is killed leaves it valid.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ logger = get_logger(__name__)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 _FORMAT = 1
 WORTH_SAYING = 300.0  # seconds of speech above which the time is foretold
+PATIENCE = 2.0  # seconds between two looks at another run's lock
 Variant = tuple[str, float]  # an audio file and its speed
 
 
@@ -178,32 +180,56 @@ class StateCache:
             (str(wav), float(speed)): long / speed
             for wav, long, speed in zip(wavs, seconds, speeds, strict=True)
         }
+        spent = {"utterances": 0, "seconds": 0.0, "gigabytes": 0.0}
         with ExitStack() as held:
-            todo = self._missing(wanted, held) if if_main_process() else None
-            todo = ddp_broadcast(todo)
-            if not if_main_process():
-                self.digests.load()  # the main process has hashed all
-                if not todo:  # finds out where to read
-                    self._lacking(wanted)
+            todo = self._missing(wanted, held)
             if todo:
-                return self._compute_all(todo, batch_seconds, progress)
-        return {"utterances": 0, "seconds": 0.0, "gigabytes": 0.0}
+                spent = self._compute_all(todo, batch_seconds, progress)
+        number, processes = _share()
+        if number > 0:
+            self.digests.load()  # the main process has hashed all
+        if processes > 1 and self._lacking(wanted):  # where to read is found out, too
+            raise CacheError(
+                f"process {number} does not find in {self.folder} what others have stored there; "
+                "--cache and --output_folder must be on a disk that all machines share"
+            )
+        return spent
 
     def _absent(self, wanted: Iterable[Variant]) -> list[Variant]:
         return [variant for variant in wanted if not self._found(*variant)[0].exists()]
 
     def _missing(self, wanted: Mapping[Variant, float], held: ExitStack) -> dict[Variant, float]:
-        """What is to be computed; then the lock is `held`, and the disk is large enough."""
-        lacking = self._lacking(wanted)
-        if lacking:  # two runs that start together do not compute the same twice
-            lock = self.folder.parent / f"{self.encoder.fingerprint_up_to(0)}.lock"
-            held.enter_context(locked(lock))
+        """What is to be computed; then the lock is `held`, and the disk is large enough.
+
+        The main process looks, and tells the others.
+        """
+        main, lacking = if_main_process(), []
+        if main:
             lacking = self._lacking(wanted)
-        self.digests.save()
-        todo = {variant: wanted[variant] for variant in lacking}
-        if todo:
-            self._check_space(self.gigabytes(todo.values()), sum(todo.values()) / 3600)
-        return todo
+            self.digests.save()
+        if not ddp_broadcast(bool(lacking)):
+            return {}
+        # Two runs that start together do not compute the same twice. It is asked for again and
+        # again, as other processes would not wait longer than two hours for an answer.
+        lock = self.folder.parent / f"{self.encoder.fingerprint_up_to(0)}.lock"
+        for attempt in itertools.count():
+            busy = False
+            if main:
+                try:
+                    held.enter_context(locked(lock, wait=False))
+                except BlockingIOError:
+                    busy = True
+            if not ddp_broadcast(busy):
+                break
+            if attempt == 0:
+                logger.warning(f"{lock}: another run stores states of this encoder; waiting for it")
+            time.sleep(PATIENCE)
+        todo = {}
+        if main:
+            todo = {variant: wanted[variant] for variant in self._lacking(wanted)}
+            if todo:
+                self._check_space(self.gigabytes(todo.values()), sum(todo.values()) / 3600)
+        return ddp_broadcast(todo)
 
     def _lacking(self, wanted: Iterable[Variant]) -> list[Variant]:
         """What is neither here nor, with all that is wanted, in a place with more layers."""
@@ -369,14 +395,18 @@ class AudioDigests:
     def __init__(self, path: Path):
         self.path = path
         self._checked: dict[str, str] = {}  # this run
-        self.load()
+        self._new: set[str] = set()  # not yet saved
+        self._known = self._read()
 
     def load(self) -> None:
-        """Read what has been saved."""
+        """Take over what has been saved since."""
+        self._known |= self._read()
+
+    def _read(self) -> dict[str, list]:
         try:
-            self._known = json.loads(self.path.read_text())
+            return json.loads(self.path.read_text())
         except (OSError, ValueError):  # absent or damaged: hashing again is all it costs
-            self._known = {}
+            return {}
 
     def of(self, wav: str | Path) -> str:
         """Hash of the file's bytes; the file is looked at once per run."""
@@ -388,9 +418,14 @@ class AudioDigests:
                 with open(name, "rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
                 self._known[name] = [stat.st_size, stat.st_mtime_ns, digest]
+                self._new.add(name)
             self._checked[name] = digest
         return self._checked[name]
 
     def save(self) -> None:
-        """Write what is known."""
-        write_atomically(self.path, json.dumps(self._known))
+        """Write what is known, beside what other runs have written meanwhile."""
+        if self._new:
+            with locked(self.path.with_suffix(".lock")):
+                known = self._read() | {name: self._known[name] for name in self._new}
+                write_atomically(self.path, json.dumps(known))
+            self._new.clear()

@@ -28,7 +28,6 @@ import torch
 from speechbrain.utils.checkpoints import METAFNAME, Checkpoint, Checkpointer
 from speechbrain.utils.distributed import (
     ddp_barrier,
-    get_rank,
     if_main_process,
     is_distributed_initialized,
 )
@@ -250,7 +249,8 @@ class RandomState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore this process's states."""
-        rank, states = int(get_rank() or 0), state["processes"]
+        rank = torch.distributed.get_rank() if is_distributed_initialized() else 0
+        states = state["processes"]
         if rank >= len(states):
             logger.warning("the checkpoint is from fewer processes: random numbers start afresh")
             return

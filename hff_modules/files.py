@@ -15,6 +15,8 @@ import ruamel.yaml
 
 logger = logging.getLogger(__name__)
 
+_NOT_INHERITED: set[IO] = set()  # files of locks
+
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # some network file systems
 
 
@@ -135,7 +137,7 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[IO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    with open(path, "a") as file, _of_this_process_alone(file):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -149,6 +151,24 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[IO]:
                 raise
             logger.warning("%s: this file system has no locks; let one job work here", path)
         yield file
+
+
+@contextlib.contextmanager
+def _of_this_process_alone(file: IO) -> Iterator[None]:
+    """Close a file in processes that are forked: loaders' workers outlive a kill for seconds."""
+    _NOT_INHERITED.add(file)
+    try:
+        yield
+    finally:
+        _NOT_INHERITED.discard(file)
+
+
+def _close_inherited() -> None:
+    for file in _NOT_INHERITED:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
 
 
 def sync(folder: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speechbrain.utils.distributed import is_distributed_initialized
 from torch import nn
 
 from hff_modules.files import write_atomically
@@ -57,6 +58,9 @@ class Meter:
 
     def __init__(self, device: str):
         self.on_cuda = str(device).startswith("cuda")
+        self.device = torch.cuda.get_device_name() if self.on_cuda else "cpu"  # the GPU's name
+        distributed = is_distributed_initialized()
+        self.processes = torch.distributed.get_world_size() if distributed else 1
         self.steps: list[float] = []
         self.audio_seconds = 0.0
         self.train_seconds = 0.0
@@ -95,11 +99,6 @@ class Meter:
             peak = _peak_resident_mb()
         self.peak_memory_mb = max(self.peak_memory_mb, peak)
 
-    @property
-    def device(self) -> str:
-        """What it was measured on: the GPU's name, or cpu."""
-        return torch.cuda.get_device_name() if self.on_cuda else "cpu"
-
     def synchronize(self) -> None:
         """Wait for the GPU, so that a step's time is its own."""
         if self.on_cuda:
@@ -114,6 +113,8 @@ class Meter:
             "step_seconds": round(statistics.median(self.steps), 5) if self.steps else None,
             "audio_seconds_per_second": round(speed, 2) if speed is not None else None,
             "peak_memory_mb": round(self.peak_memory_mb, 1),
+            "processes": self.processes,
+            "device": self.device,
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from hff_modules import SSLEncoder, adapters
-from hff_modules.cache import CacheError, StateCache
+from hff_modules.cache import AudioDigests, CacheError, StateCache
 from hff_modules.data.audio import AudioError
 from tests.corpora import in_two_processes
 
@@ -248,7 +248,7 @@ import json, sys
 import torch
 from speechbrain.utils.distributed import ddp_init_group, run_on_main
 from hff_modules import SSLEncoder
-from hff_modules.cache import StateCache
+from hff_modules.cache import CacheError, StateCache
 from hff_modules.data.audio import AudioError
 
 about = json.loads(sys.argv[1])
@@ -276,7 +276,12 @@ try:
     cache_at("bad").fill(bad, [0.5] * len(bad), batch_seconds=0.1)
 except AudioError as error:
     outcome["error"] = str(error)
-with open(f"{torch.distributed.get_rank()}.json", "w") as file:
+rank = torch.distributed.get_rank()
+try:
+    cache_at(f"not-shared-{rank}").fill(good, about["seconds"], batch_seconds=0.1)
+except CacheError as error:
+    outcome["not shared"] = str(error)
+with open(f"{rank}.json", "w") as file:
     json.dump(outcome, file)
 """
 
@@ -297,3 +302,13 @@ def test_processes_that_train_together_share_the_work(encoder_folder, encoder, w
         assert outcome["spent"] == outcome["known"] == 4, "hashed once, by the main process"
         assert outcome["sum"] == pytest.approx(float(cache.read(wavs[0]).double().sum()))
         assert all(path in outcome["error"] for path in bad)
+        assert "must be on a disk that all machines share" in outcome["not shared"]
+
+
+def test_runs_add_to_what_is_known_of_the_audio(wavs, tmp_path):
+    one, other = AudioDigests(tmp_path / "audio.json"), AudioDigests(tmp_path / "audio.json")
+    one.of(wavs[0])
+    other.of(wavs[1])
+    one.save()
+    other.save()
+    assert json.loads((tmp_path / "audio.json").read_text()).keys() == {*wavs[:2]}

@@ -211,6 +211,12 @@ def test_two_processes_train_one_recogniser_on_stored_states_first(data, encoder
     assert numpy.isfinite(results["test"]["fr"]["loss"])
 
 
+def test_two_processes_try_a_run_out(data, encoder_folder, tmp_path):
+    argv = corpora.arguments(tmp_path / "run", encoder_folder, "fusion", "--language", "fr")
+    argv += ["--data_folder", str(data), "--number_of_epochs", "2", "--debug"]
+    corpora.in_two_processes(RECIPE / "train.py", argv)
+
+
 def test_test_characters_unknown_in_training_are_counted(
     main, data, tmp_path, encoder_folder, monkeypatch
 ):

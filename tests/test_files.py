@@ -1,4 +1,7 @@
 import errno
+import os
+import signal
+import time
 
 import pytest
 
@@ -27,6 +30,25 @@ def test_a_file_system_without_locks_is_worked_on_with_a_warning(tmp_path, monke
     monkeypatch.setattr(files.fcntl, "flock", refused)
     with files.locked(tmp_path / ".lock", wait=False):
         assert "this file system has no locks" in caplog.text
+
+
+def test_a_lock_falls_with_its_process_though_those_that_it_forked_live_on(tmp_path):
+    said, say = os.pipe()
+    with files.locked(tmp_path / ".lock"):
+        child = os.fork()
+        if child == 0:  # as a loader's worker, which notices late that its parent was killed
+            os.write(say, b"!")
+            time.sleep(60)
+            os._exit(0)
+        os.read(said, 1)
+        with pytest.raises(BlockingIOError), files.locked(tmp_path / ".lock", wait=False):
+            pass
+    try:
+        with files.locked(tmp_path / ".lock", wait=False):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_text_of_another_encoding_is_named(tmp_path):

@@ -128,6 +128,13 @@ def test_speed_is_that_of_the_method_and_not_of_the_head_alone():
     assert found["audio_seconds_per_second"] == 30.0
 
 
+def test_a_run_that_is_tested_elsewhere_says_what_it_was_trained_on():
+    trained, tested = Meter("cpu"), Meter("cpu")
+    trained.processes, trained.device = 2, "a GPU"
+    tested.load_state_dict(trained.state_dict())
+    assert tested.summary().items() >= {"processes": 2, "device": "a GPU"}.items()
+
+
 def test_where_nothing_in_the_encoder_is_trained_nobody_waits(job, tmp_path):
     results = job(tmp_path, *WAIT, "--layers", "[2, 4]", count=4)
     assert "frozen_epochs" not in results

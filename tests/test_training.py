@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from speechbrain import Stage
 from speechbrain.decoders.ctc import CTCPrefixBeamSearcher
 
-from hff_modules.brains import CTCBrain, enter_folder, train_ctc
+from hff_modules.brains import CTCBrain, base, enter_folder, train_ctc
 from hff_modules.brains.ctc import relative_lengths
 from hff_modules.brains.head_first import HeadFirst
 from hff_modules.config import METHODS, load_config
@@ -111,9 +111,9 @@ def test_every_method_trains_tests_and_leaves_its_results(
     assert (
         list(written)
         == (
-            "task dataset method encoder layers horizon trainable_encoder_parameters "
+            "task dataset method encoder weights layers horizon trainable_encoder_parameters "
             "trainable_parameters total_parameters train_seconds step_seconds "
-            "audio_seconds_per_second peak_memory_mb epochs processes device seed settings data "
+            "audio_seconds_per_second peak_memory_mb processes device epochs seed settings data "
             "dev test history versions"
         ).split()
     )
@@ -149,6 +149,15 @@ def test_log_mels_alone_can_be_trained_on_and_stored(job, tmp_path):
     results = job(tmp_path / "run", *options, method="last_layer", count=2)
     assert results["encoder"] == "logmel" and results["layers"] == [0]
     assert results["trainable_encoder_parameters"] == results["horizon"] == 0
+
+
+def test_batch_norms_of_several_processes_on_a_cpu_are_refused(
+    job, tmp_path, make_encoder_folder, monkeypatch
+):
+    monkeypatch.setattr(base, "is_distributed_initialized", lambda: True)
+    options = ["--encoder", make_encoder_folder("wav2vec2-conformer-rel")]
+    with pytest.raises(ValueError, match="batch norms are trained, which several processes cannot"):
+        job(tmp_path, *options, method="full_finetune")
 
 
 def test_the_loss_falls(job, tmp_path):
@@ -582,6 +591,9 @@ outcome = {
     "wrapped": type(ddp).__name__,
     "frozen_left_out": frozen <= set(getattr(ddp, "parameters_to_ignore", [])),
 }
+brain.scores = lambda stage: {"cer": float(rank)}
+brain.on_stage_end(sb.Stage.TEST, 0.0)
+outcome["scores"] = brain.test_scores
 with open(f"{data}/{world}-{rank}.json", "w") as file:
     json.dump(outcome, file)
 """
@@ -625,4 +637,5 @@ def test_two_processes_train_as_one_with_the_double_batch(encoder_folder, tmp_pa
         torch.tensor(first["weights"]), torch.tensor(one["weights"]), rtol=1e-3, atol=1e-4
     )
     assert first["audio"] == pytest.approx(one["audio"])
+    assert first["scores"] == second["scores"] == {"cer": 0.0}, "those of the main process"
     assert first["wrapped"] == "DistributedDataParallel" and first["frozen_left_out"]

@@ -9,7 +9,11 @@ from typing import Any
 
 import speechbrain as sb
 import torch
-from speechbrain.utils.distributed import if_main_process, is_distributed_initialized
+from speechbrain.utils.distributed import (
+    ddp_broadcast,
+    if_main_process,
+    is_distributed_initialized,
+)
 from speechbrain.utils.logger import get_logger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -108,6 +112,8 @@ class SSLBrain(sb.Brain):
         super().__init__(
             modules=modules, hparams=hparams, run_opts=run_opts, checkpointer=checkpointer
         )
+        if is_distributed_initialized():
+            self._be_one_run_of_several_processes()
         # Else SpeechBrain counts such batches, and steps; a scaler does it by itself.
         self.skip_nonfinite_grads = not self.scaler.is_enabled()
         self.meter = Meter(self.device)
@@ -122,6 +128,20 @@ class SSLBrain(sb.Brain):
             if "scaler" in checkpointer.recoverables:  # else a pickle
                 checkpointer.custom_save_hooks["scaler"] = save_state
                 checkpointer.custom_load_hooks["scaler"] = load_state
+
+    def _be_one_run_of_several_processes(self) -> None:
+        norms = [
+            m for m in self.modules.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
+        learning = any(p.requires_grad for norm in norms for p in norm.parameters())
+        if torch.device(self.device).type == "cpu" and learning:
+            raise ValueError(
+                "batch norms are trained, which several processes cannot do together on a CPU: "
+                "use one process, GPUs, or a method that leaves them as they are"
+            )
+        if self.debug and self.checkpointer is not None:  # SpeechBrain's, one for each process
+            folder = ddp_broadcast(self.checkpointer.checkpoints_dir)
+            self.checkpointer.checkpoints_dir = folder
 
     def _manifest(self, task: Mapping[str, Any]) -> dict[str, Any]:
         manifest = {
@@ -309,7 +329,8 @@ class SSLBrain(sb.Brain):
             self.meter.epochs = epoch
             self.train_loss = stage_loss
             return
-        scores = self.scores(stage)
+        # All stop together, even if processes that compute apart differ in the last digit.
+        scores = ddp_broadcast(self.scores(stage))
         if stage == sb.Stage.TEST:
             self.test_scores = scores
             return
@@ -391,7 +412,6 @@ class SSLBrain(sb.Brain):
         best = min(reversed(joined), key=lambda past: past[self.hparams.select_by], default={})
         about = ("epoch", "train_seconds", "train_loss")
         fold = getattr(self.hparams, "fold", None)
-        processes = torch.distributed.get_world_size() if is_distributed_initialized() else 1
         return {
             "task": self.task,
             "dataset": self.hparams.dataset,
@@ -404,8 +424,6 @@ class SSLBrain(sb.Brain):
             **self.meter.summary(),
             "epochs": self.meter.epochs,
             **({"frozen_epochs": waited} if waited else {}),
-            "processes": processes,
-            "device": self.meter.device,
             "seed": self.hparams.seed,
             **({} if fold is None else {"fold": fold}),
             **self._settings(),

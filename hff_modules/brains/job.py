@@ -11,7 +11,12 @@ import speechbrain as sb
 import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.distributed import if_main_process, is_distributed_initialized, run_on_main
+from speechbrain.utils.distributed import (
+    ddp_barrier,
+    if_main_process,
+    is_distributed_initialized,
+    run_on_main,
+)
 from speechbrain.utils.logger import get_logger
 from torch import nn
 from torch.utils.data import DataLoader
@@ -197,6 +202,7 @@ def train_and_test(
     brain.data = {name: _described(dataset)["content"] for name, dataset in sets.items()}
     loaders = {name: evaluation_loader(dataset, hparams) for name, dataset in test_sets.items()}
     results = brain.report(brain.test(loaders))
+    ddp_barrier()  # with --debug the main process's checkpoints go with it
     _leave_folder(hparams)
     return results
 

@@ -72,7 +72,8 @@ def train_sources(argv: Sequence[str], train: Callable[[list[str]], object]) -> 
     root = Path(str(given(argv, "sources_folder") or "results/sources"))
     folder = root / as_folder("-".join(languages)) / f"{Path(line[0]).stem}-{name}"
     lock = locked(folder.parent / f".{folder.name}.lock")
-    with nullcontext() if "RANK" in os.environ else lock:  # a distributed run's processes are one
+    first = os.environ.get("RANK", "0") == "0"  # a distributed run's processes are one
+    with lock if first else nullcontext():
         train([*line, "--output_folder", str(folder)])  # refused if settings or data have changed
     return folder
 
