@@ -214,7 +214,10 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         elif key not in new:
             lines.append(f"{key}: {old[key]} in the checkpoint, not there now")
         elif old[key] != new[key]:
-            lines.append(f"{key}: {old[key]} in the checkpoint, {new[key]} now")
+            whose = ("", "")
+            if key == "encoder.fingerprint":
+                whose = tuple(f" (of {flat.get('encoder.source')})" for flat in (old, new))
+            lines.append(f"{key}: {old[key]}{whose[0]} in the checkpoint, {new[key]}{whose[1]} now")
     return lines
 
 

@@ -197,8 +197,14 @@ def _check_kind(key: str, old: Any, value: Any, said: str) -> None:
         raise ValueError(f"--{key}: expected {expected}, got {said}")
     if isinstance(old, int | float) and isinstance(value, str):
         raise ValueError(f"--{key}: expected a number, got {said}")
-    if isinstance(old, list) and isinstance(value, int | float):
+    plain = isinstance(value, int | float | str) and not tag_of(value)
+    if isinstance(old, list) and plain:
         raise ValueError(f"--{key}: expected a list such as [{said}], got {said}")
+    if isinstance(old, dict) and not tag_of(old) and plain:
+        example = next(iter(old), "name")
+        raise ValueError(f"--{key}: expected a mapping such as {{{example}: {said}}}, got {said}")
+    if tag_of(old).startswith(("!name:", "!new:")) and plain:
+        raise ValueError(f"--{key}: expected an object such as '{tag_of(old)}', got {said}")
     if isinstance(old, dict) and isinstance(value, dict) and old and key != "adapters":
         unknown = [name for name in value if name not in old]
         if unknown and not tag_of(old):  # of an object, only its class knows what it takes

@@ -94,6 +94,9 @@ def load_config(
     words = on_command_line(argv)
     check_run_options({key: said for key, said in words.items() if key in OF_SPEECHBRAIN})
     override(merged, {key: said for key, said in words.items() if key not in OF_SPEECHBRAIN})
+    missing = [key for key, value in merged.items() if tag_of(value) == "!PLACEHOLDER"]
+    if missing:
+        raise ValueError(f"{' and '.join(f'--{key}' for key in missing)} must be given")
     for key in DECISIVE:
         if key in merged and key in run_opts.overridden_args:
             merged[key] = getattr(run_opts, key)
@@ -104,6 +107,8 @@ def load_config(
             folder.value += DEBUG
         else:
             merged["output_folder"] = f"{folder}{DEBUG}"
+        if "cache" in merged and "cache" not in words:
+            merged["cache"] = None  # nor are all of its states wanted
     asked = merged.get("layers")
     if not is_auto(asked):
         return _build(merged), run_opts

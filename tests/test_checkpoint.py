@@ -99,6 +99,7 @@ def test_a_checkpoint_for_another_encoder_is_refused(make_encoder_folder, tmp_pa
     with pytest.raises(CheckpointError, match="encoder.family: hubert in .*, wavlm now") as raised:
         trained_model(make_encoder_folder("wavlm-base")).load(tmp_path / "trained.safetensors")
     assert "encoder.fingerprint: " in str(raised.value)
+    assert str(raised.value).count(" (of ") == 2
 
 
 def test_the_same_encoder_in_another_place_or_with_other_versions_is_accepted(

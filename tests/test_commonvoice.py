@@ -9,6 +9,7 @@ import numpy
 import pytest
 import soundfile
 
+from hff_modules.auto_layers import Analysis
 from hff_modules.data.manifest import summarize_manifest
 from tests import corpora
 
@@ -113,7 +114,8 @@ def test_a_misspelt_language_is_refused_before_the_sources_are_trained(data, mai
 
 def test_absent_clips_are_counted_named_and_refused_above_the_share(data, save, caplog):
     (data / "fr/clips/train_3.wav").unlink()
-    with pytest.raises(ValueError, match=r"absent: 1 \(train_3.wav\).* 16.7%; max_missing=0.05"):
+    told = r"absent: 1 \(train_3.wav\).* 16.7%, and at most 5.0% may be .--max_missing"
+    with pytest.raises(ValueError, match=told):
         rows(data, save)
     with caplog.at_level(logging.WARNING):
         assert len(rows(data, save, max_missing=0.2)) == 5
@@ -122,7 +124,7 @@ def test_absent_clips_are_counted_named_and_refused_above_the_share(data, save, 
 
 def test_unreadable_clips_are_refused_above_the_same_share(data, save):
     (data / "fr/clips/train_3.wav").write_bytes(b"no audio")
-    with pytest.raises(ValueError, match="unreadable .* max_missing=0.05 allows"):
+    with pytest.raises(ValueError, match="unreadable .* at most 5.0% may be .--max_missing"):
         rows(data, save)
     assert len(rows(data, save, max_missing=0.2)) == 5
 
@@ -200,6 +202,11 @@ def test_the_recipe_runs_from_its_data_to_its_results(
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert (results["task"], results["dataset"]) == ("asr", "commonvoice-ml")
     assert results["test"].keys() == {"ml"} and {"cer", "wer"} <= results["test"]["ml"].keys()
+    # A run that was given its layers is there: refused before anything is probed.
+    monkeypatch.setattr(Analysis, "choose", None)
+    with pytest.raises(ValueError, match="run that was given its layers .now auto:1"):
+        auto = [*options, "--layers", "auto:1"]
+        main(corpora.arguments(tmp_path / "run", encoder_folder, "weighted_sum", *auto))
 
 
 def test_two_processes_train_one_recogniser_on_stored_states_first(data, encoder_folder, tmp_path):

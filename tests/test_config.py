@@ -119,6 +119,9 @@ def test_a_key_without_a_value_is_a_switch_or_refused(files):
         ("--cache false", "--cache: expected a value, or null, got false"),
         ("--size abc", "--size: expected a number, got abc"),
         ("--weights 0.5", r"--weights: expected a list such as \[0.5\], got 0.5"),
+        ("--weights a", r"--weights: expected a list such as \[a\], got a"),
+        ("--rates 0.1", r"--rates: expected a mapping such as \{head: 0.1\}, got 0.1"),
+        ("--thing LinearHead", "--thing: expected an object such as '!new:hff_modules.heads.Lin"),
         ("--rates {haed: 1}", "--rates has no 'haed'; it has head"),
         ("--thing {m: 5}", "a setting does not fit: .*m"),
         ("--param_file x", "--param_file: there is no such key"),
@@ -138,6 +141,12 @@ def test_a_folder_that_is_named_like_a_number_is_a_folder(files):
     folder = files(base="csv: !PLACEHOLDER\n", method="m: 0\n")
     hparams, _ = load_config([str(folder / "method.yaml"), "--csv", "2024"], folder / "base.yaml")
     assert hparams["csv"] == "2024"
+
+
+def test_a_key_without_a_value_is_asked_for(files):
+    folder = files(base="csv: !PLACEHOLDER\nfolder: !PLACEHOLDER\n", method="m: 0\n")
+    with pytest.raises(ValueError, match="--folder must be given$"):
+        load_config([str(folder / "method.yaml"), "--csv", "a.csv"], folder / "base.yaml")
 
 
 def test_the_method_file_comes_first_and_an_empty_text_is_one(files):

@@ -77,9 +77,15 @@ def test_the_plan_is_carried_out_for_each_language_and_collected(tmp_path, monke
         return 0
 
     monkeypatch.setattr(languages.subprocess, "call", call)
-    languages.main(["plan.yaml", "mt", "ru", "--jobs", "2", "--", "--data_folder", "/data"])
+    for name in ("mt", "ru"):
+        Path("data", name).mkdir(parents=True)
+        Path("data", name, "train.tsv").touch()
+    with pytest.raises(FileNotFoundError, match="language xx: .* there: mt, ru"):
+        languages.main(["plan.yaml", "mt", "xx", "--", "--data_folder", "data"])
+    assert not lines, "noticed before the first language is learned"
+    languages.main(["plan.yaml", "mt", "ru", "--jobs", "2", "--", "--data_folder", "data"])
     place = "results/compare/plan"
-    common = ["--jobs", "2", "--", "--data_folder", "/data", "--language"]
+    common = ["--jobs", "2", "--", "--data_folder", "data", "--language"]
     assert lines == [
         ["plan.yaml", "--output", f"{place}/{name}", *common, name] for name in ("mt", "ru")
     ]

@@ -218,7 +218,7 @@ def test_unusable_utterances_are_named_and_refused_above_the_allowed_share(
     else:
         audio.write_bytes(b"not audio at all")
     with pytest.raises(
-        ValueError, match=f"dev-mini: 1 of 3 .*{message}.*33.3%; max_bad_share=0.02"
+        ValueError, match=f"dev-mini: 1 of 3 .*{message}.*33.3%, and at most 2.0% may be$"
     ):
         prepare_librispeech(data, save, ["dev-mini"])
     assert not (save / "dev-mini.csv").exists()

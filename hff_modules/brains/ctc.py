@@ -258,6 +258,8 @@ def train_ctc(
         raise ValueError(f"decoding: expected greedy or beam, got {hparams['decoding']!r}")
     if hparams["lm_text"] is not None and hparams["lm"] is None:
         raise ValueError("lm_text is given, but no lm: expected lm: char or lm: word beside it")
+    if hparams["lm_text"] is not None and not Path(hparams["lm_text"]).is_file():
+        raise FileNotFoundError(f"lm_text={hparams['lm_text']}: there is no such file")
     train_set, dev_set = read_speech(train, data_root), read_speech(dev, data_root)
     test_sets = {name: read_speech([csv], data_root) for name, csv in test.items()}
     units = build_units(hparams["units"], transcripts(train_set), hparams["vocab_size"])

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hff_modules import adapters
+from hff_modules.auto_layers import CHOICE
 from hff_modules.brains.base import SSLBrain
 from hff_modules.config import MAY_CHANGE, changed_settings
 from hff_modules.data.loading import batches_by_length
@@ -47,8 +48,14 @@ def enter_folder(hparams: Mapping[str, Any]) -> None:
         Another process is at work in it: each would delete the other's checkpoints.
     """
     later = ("layers",) if "auto_layers" in hparams else ()
+    folder = Path(hparams["output_folder"])
+    if later and _begun(folder) and not (folder / CHOICE).exists():
+        raise ValueError(
+            f"{folder} holds a run that was given its layers (now {hparams['auto_layers']}); "
+            "choose another --output_folder, or delete that one to start anew"
+        )
     _refuse_other_settings(hparams, (*MAY_CHANGE, *IN_TESTING, *later))
-    folder = Path(hparams["output_folder"]).resolve()
+    folder = folder.resolve()
     if if_main_process() and folder not in _AT_WORK:
         _AT_WORK[folder] = contextlib.ExitStack()
         try:

@@ -170,7 +170,7 @@ def judge(
     problems: Mapping[str, Sequence[str]],
     usable: int,
     max_bad_share: float,
-    key: str = "max_bad_share",
+    key: str | None = None,
 ) -> None:
     """Name in a warning what cannot be used; refuse a part with too much of it.
 
@@ -184,8 +184,8 @@ def judge(
         The others.
     max_bad_share : float
         Share of unusable utterances that is an error.
-    key : str
-        What the user calls that share.
+    key : str, optional
+        What the user calls that share, where it can be set.
     """
     bad = sum(map(len, problems.values()))
     if bad == 0:
@@ -199,7 +199,8 @@ def judge(
     message = f"{part}: {bad} of {bad + usable} utterances cannot be used: {report}"
     if usable == 0 or share > max_bad_share:
         raise ValueError(
-            f"{message}. That is {share:.1%}; {key}={max_bad_share:g} allows {max_bad_share:.1%}"
+            f"{message}. That is {share:.1%}, and at most {max_bad_share:.1%} may be"
+            + f" (--{key})" * (key is not None)
         )
     logger.warning("%s. They are left out.", message)
 
@@ -226,7 +227,7 @@ def write_parts(
     parts: Mapping[str, Sequence[Mapping[str, str]]],
     labels: Sequence[str] = (),
     max_bad_share: float = 0.02,
-    key: str = "max_bad_share",
+    key: str | None = None,
 ) -> dict[str, Path]:
     """Write one manifest per part, once the parts are known to share no speaker.
 

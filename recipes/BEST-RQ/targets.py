@@ -284,7 +284,13 @@ def random_projection(features, codebooks, codes, width=16, seed=0):
 
 def encoder_config(folder, key):
     """Configuration of an encoder that the setting `key` names; ValueError for another model."""
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:  # what is no folder is taken for a name on the hub
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{key}={folder}: there is no encoder, of an earlier round say ({reason})"
+        ) from None
     if config.model_type != "wav2vec2-bert":
         raise ValueError(f"{key}={folder}: expected a wav2vec2-bert, it is a {config.model_type}")
     return config

@@ -134,6 +134,7 @@ def test_what_cannot_work_is_refused_before_the_recordings_are_read(speech, tmp_
         ({"objective": "clusters"}, "objective='clusters': expected best_rq"),
         ({"codebooks": 4}, "codebooks=4.*at most three"),
         (states | {"teacher": "null"}, "teacher: .*expected the folder of an encoder"),
+        (states | {"teacher": "r1/of/before"}, "teacher=r1/of/before: there is no encoder, of an"),
         (states | {"teacher_layers": "[3]"}, r"teacher_layers=\[3\]: .*small has 1 to 2"),
         (states | {"teacher_layers": 1}, "teacher_layers=1: expected a list"),
         (states | {"stride": 2}, "small: reads 320 values a frame, expected 160"),
@@ -144,7 +145,7 @@ def test_what_cannot_work_is_refused_before_the_recordings_are_read(speech, tmp_
         ({"dropout": 1.5}, "dropout=1.5: expected 0 to below 1"),
         ({"max_frames": 3}, "max_frames=3: expected no less than .*'frames': 4"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             recipe_main()(arguments_for(speech, tmp_path, **changes))
     (small / "config.json").write_text('{"model_type": "hubert"}')
     with pytest.raises(ValueError, match="init=.*expected a wav2vec2-bert, it is a hubert"):

@@ -81,7 +81,7 @@ def prepare_commonvoice(
         raise ValueError(f"language: expected names that differ, got {languages}")
     limits = {"train": max_minutes, "dev": max_dev_minutes}
     for key, minutes in {"max_minutes": max_minutes, "max_dev_minutes": max_dev_minutes}.items():
-        if minutes is not None and minutes <= 0:
+        if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
             raise ValueError(f"{key}: expected minutes above 0, got {minutes}")
     root = Path(data_folder).absolute()
     check_languages(root, languages)
@@ -100,6 +100,9 @@ def check_languages(root: Path, languages: Sequence[str]) -> None:
     absent = [name for name in languages if name not in known]
     if absent:
         there = f"languages there: {', '.join(known)}" if known else f"it holds {listing(root)}"
+        alone = [name for name in absent if (root / name / "validated.tsv").is_file()]
+        if alone:  # as the smallest languages come
+            there = f"of {root / alone[0] / 'validated.tsv'} recipes/Custom/ASR makes parts (--csv)"
         raise FileNotFoundError(
             f"language {', '.join(absent)}: no such folder with a train.tsv in {root}; {there}"
         )

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hff_modules.cli import run
+from commonvoice_prepare import check_languages
+
+from hff_modules.cli import on_command_line, run
 from hff_modules.files import write_atomically
 from hff_modules.tables import markdown
 
@@ -92,6 +94,8 @@ def main(argv: Sequence[str]) -> list[dict]:
             f"as plans/few_shot.yaml mt ru --jobs 2 -- --data_folder ...; got {' '.join(argv)}"
         )
     plan, languages, options = argv[0], argv[1:words], argv[words:]
+    for folder in on_command_line(["method", *extra]).get("data_folder", []):
+        check_languages(Path(folder), languages)  # before the first of them has taken hours
     place = Path("results/compare") / Path(plan).stem
     runs, codes = [], {}
     for language in languages:

@@ -198,7 +198,7 @@ def _usable(csv: Path, rows: Sequence[dict], max_bad_share: float, whole: bool) 
     usable = [
         {**row, "duration": durations[row["ID"]]} for row in candidates if row["ID"] in durations
     ]
-    judge(str(csv), problems, len(usable), max_bad_share)
+    judge(str(csv), problems, len(usable), max_bad_share, "max_bad_share")
     return usable
 
 
