@@ -182,6 +182,16 @@ def test_absent_audio_is_named_and_refused_above_the_allowed_share(tmp_path, sav
         recipe.prepare(data, save)
 
 
+def test_a_part_without_an_utterance_is_named_with_the_speakers_that_are_there(tmp_path, save):
+    recipe = ALL["EmoDB/emotion"]
+    data = recipe.make(tmp_path / "data")
+    for path in (data / "wav").iterdir():
+        if path.name[:2] in ("03", "08"):
+            path.unlink()
+    with pytest.raises(ValueError, match="nothing in it is for test; speakers there: 09, 10"):
+        recipe.prepare(data, save)
+
+
 # Each data set by itself
 
 

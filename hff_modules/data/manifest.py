@@ -47,7 +47,7 @@ class ManifestSummary:
         size = f"{self.hours:.2f} h" if self.hours >= 0.1 else f"{60 * self.hours:.1f} min"
         return (
             f"{size}, {self.utterances} utterances of {self.shortest:.1f} to {self.longest:.1f} s, "
-            f"{self.speakers} speakers"
+            f"{self.speakers or 'unknown'} speakers"
         )
 
 

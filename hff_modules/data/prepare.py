@@ -245,8 +245,8 @@ def write_parts(
         Columns besides these.
     max_bad_share : float
         Share of a part that may be unreadable or absent; named in a warning, more is an error.
-    key : str
-        What the user calls that share.
+    key : str, optional
+        What the user calls that share, where it can be set.
 
     Returns
     -------
@@ -256,9 +256,16 @@ def write_parts(
     Raises
     ------
     ValueError
-        A speaker or a recording is in two parts, or too much cannot be read.
+        A part is empty, a speaker or a recording is in two parts, or too much cannot be read.
     """
     check_apart(parts)
+    for part in parts:
+        if not parts[part]:
+            there = sorted({row["spk_id"] for rows in parts.values() for row in rows} - {""})
+            raise ValueError(
+                f"{data_folder}: nothing in it is for {part}; "
+                f"speakers there: {', '.join(there[:12]) or 'unknown'}"
+            )
     save_folder = Path(save_folder)
     paths = {part: save_folder / f"{part}.csv" for part in parts}
     rows = {part: [dict(row) for row in rows] for part, rows in parts.items()}

@@ -222,7 +222,7 @@ def split_rows(rows: Sequence[dict], writing) -> str:
     ValueError
         Neither is possible.
     """
-    ways = {"by text: no text is in two, speakers are": lambda row: writing.clean(row["text"])}
+    ways = {"by text: no text is in two, speakers may be": lambda row: writing.clean(row["text"])}
     if all(row["spk_id"] for row in rows):
         ways = {"by speaker: none is in two": lambda row: row["spk_id"], **ways}
     for how, key in ways.items():
