@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hff_modules.tables import score_title
+from hff_modules.tables import SCORES, score_title
 
 MISSING = "no pictures: matplotlib is not installed; pip install 'hff-modules[plots]'"
 
@@ -247,7 +247,7 @@ def layers(report: Mapping[str, Any], path: Path) -> None:
     """
     figure, (scores, weights, similar) = new_figure(15, 5, columns=3)
     numbers, sum_of_all = report["layers"], report["weighted_sum"]
-    score = next(key for key in report["probes"][0] if key not in ("layer", "loss"))
+    score = next(key for key in SCORES if key in report["probes"][0])  # CER tells more than WER
     values = [probe[score] for probe in report["probes"]]
     chosen = report.get("auto", {}).get("chosen", [])
     scores.plot(numbers, values, "-o", color="black", mfc="white", label="one layer")
