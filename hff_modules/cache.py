@@ -34,7 +34,7 @@ logger = get_logger(__name__)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 _FORMAT = 1
 WORTH_SAYING = 300.0  # seconds of speech above which the time is foretold
-PATIENCE = 2.0  # seconds between two looks at another run's lock
+PATIENCE, ATTEMPTS = 2.0, 60  # seconds between two looks at what other processes do
 Variant = tuple[str, float]  # an audio file and its speed
 
 
@@ -188,12 +188,14 @@ class StateCache:
         number, processes = _share()
         if number > 0:
             self.digests.load()  # the main process has hashed all
-        if processes > 1 and self._lacking(wanted):  # where to read is found out, too
-            raise CacheError(
-                f"process {number} does not find in {self.folder} what others have stored there; "
-                "--cache and --output_folder must be on a disk that all machines share"
-            )
-        return spent
+        for _ in range(ATTEMPTS):  # network file systems show late what others have written
+            if processes == 1 or not self._lacking(wanted):  # where to read is found out, too
+                return spent
+            time.sleep(PATIENCE)
+        raise CacheError(
+            f"process {number} does not find in {self.folder} what others have stored there; "
+            "--cache and --output_folder must be on a disk that all machines share"
+        )
 
     def _absent(self, wanted: Iterable[Variant]) -> list[Variant]:
         return [variant for variant in wanted if not self._found(*variant)[0].exists()]

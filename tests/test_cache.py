@@ -248,9 +248,11 @@ import json, sys
 import torch
 from speechbrain.utils.distributed import ddp_init_group, run_on_main
 from hff_modules import SSLEncoder
+from hff_modules import cache as module
 from hff_modules.cache import CacheError, StateCache
 from hff_modules.data.audio import AudioError
 
+module.ATTEMPTS = 2
 about = json.loads(sys.argv[1])
 ddp_init_group({"distributed_backend": "gloo"})
 encoder = SSLEncoder(about["encoder"], layers=[1, 2, 4])
