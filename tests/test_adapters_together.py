@@ -438,7 +438,7 @@ def test_unknown_methods_options_and_names_are_refused(encoders):
         adapters.attach(encoder, "tpaa")
     with pytest.raises(AdapterError, match="tpa: .*unexpected keyword argument 'rank'"):
         adapters.attach(encoder, "tpa", rank=3)
-    with pytest.raises(ValueError, match="there is no layer 7"):
+    with pytest.raises(ValueError, match="tpa: layers=.*: there is no layer 7"):
         adapters.attach(encoder, "tpa", layers=[7])
     adapters.attach(encoder, "tpa", bottleneck=4)
     with pytest.raises(AdapterError, match="'tpa' is attached already; give another name"):

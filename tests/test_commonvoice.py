@@ -85,6 +85,19 @@ def test_a_language_that_is_not_there_is_answered_with_those_that_are(data, save
         prepare_commonvoice(data, save, False)  # YAML's reading of `no`
 
 
+def test_a_language_without_parts_is_sent_to_the_recipe_that_makes_them(data, save):
+    for part in ("train", "dev", "test"):
+        (data / "fr" / f"{part}.tsv").rename(data / "fr" / "validated.tsv")
+    with pytest.raises(FileNotFoundError, match="fr/validated.tsv recipes/Custom/ASR makes parts"):
+        rows(data, save)
+
+
+@pytest.mark.parametrize("minutes", ["ten", 0, -1.0])
+def test_minutes_that_are_none_are_refused(data, save, minutes):
+    with pytest.raises(ValueError, match=f"max_minutes: expected minutes above 0, got {minutes}"):
+        rows(data, save, max_minutes=minutes)
+
+
 def test_a_part_without_rows_says_what_to_do(data, save):
     table = data / "fr" / "dev.tsv"
     table.write_text(table.read_text().splitlines()[0] + "\n")
@@ -102,11 +115,13 @@ def test_clips_that_break_off_are_named_before_anything_is_computed(data, save, 
     assert len(made) == 5 and "train_1.flac: breaks off" in caplog.text
 
 
-def test_a_misspelt_language_is_refused_before_the_sources_are_trained(data, main, tmp_path):
+def test_misspelt_names_are_refused_before_the_sources_are_trained(data, main, tmp_path):
     argv = ["hparams/fusion.yaml", "--data_folder", str(data), "--language", "frr"]
     argv += ["--source_languages", "[ru]", "--sources_folder", str(tmp_path / "sources")]
     with pytest.raises(FileNotFoundError, match="language frr: no such folder"):
         main(argv)
+    with pytest.raises(FileNotFoundError, match="lm_text=txet.txt: there is no such file"):
+        main([*argv, "--language", "fr", "--lm", "char", "--lm_text", "txet.txt"])
     with pytest.raises(ValueError, match="say with --language what is to be learned"):
         main(["hparams/fusion.yaml", "--source_languages", "[ru]"])
     assert not (tmp_path / "sources").exists()

@@ -297,6 +297,13 @@ def test_a_score_that_cannot_choose_is_refused_at_once(job, tmp_path, select_by)
     assert not (tmp_path / "save").exists() or not any((tmp_path / "save").iterdir())
 
 
+def test_a_text_for_the_language_model_that_is_not_there_is_refused_at_once(job, tmp_path):
+    with pytest.raises(FileNotFoundError, match="lm_text=no.txt: there is no such file"):
+        job(tmp_path, "--lm", "char", "--lm_text", "no.txt")
+    with pytest.raises(ValueError, match="lm_text is given, but no lm"):
+        job(tmp_path, "--lm_text", "no.txt")
+
+
 def test_testing_otherwise_leaves_the_record_of_training_alone(job, tmp_path):
     options = ["--layers", "[2, 4]", "--number_of_epochs", "1"]
     first = job(tmp_path, *options)
@@ -353,6 +360,14 @@ def test_a_debug_run_leaves_the_results_of_a_run_alone(job, tmp_path):
     job(tmp_path / "run", *options, "--debug")
     after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert before == after and (tmp_path / "run-debug" / "results.json").is_file()
+
+
+@pytest.mark.parametrize("said", [[], ["--cache", "states"]])
+def test_a_debug_run_stores_no_states_unless_asked_to(said, encoder_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["hparams/fusion.yaml", "--encoder", encoder_folder, "--dataset", "d", "--debug", *said]
+    hparams, _ = load_config(line, METHODS / "base" / "ctc.yaml")
+    assert hparams["cache"] == (said[1] if said else None)
 
 
 def test_what_speechbrain_takes_as_a_run_option_is_a_setting_of_the_run(job, tmp_path):

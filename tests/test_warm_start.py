@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hff_modules.checkpoint import CheckpointError, Trained
 from hff_modules.config import METHODS, merge_files
 from hff_modules.data import CharUnits, SentencePieceUnits
 from hff_modules.data.manifest import read_rows
+from hff_modules.files import locked
 from hff_modules.heads import LinearHead
 from hff_modules.warm_start import best_checkpoint, check_unheard, start_from
 from tests import corpora
@@ -203,6 +205,22 @@ def test_sources_with_other_options_are_trained_apart(tmp_path):
     assert line[:1] == ["hparams/fusion.yaml"] and "--source_languages" not in line
     assert line[line.index("--language") + 1] == '["fr", "it"]'
     assert not {"--seed", "--lm", "char", "--test_only", "--lr_head"} & set(seen[1])
+
+
+def test_runs_with_the_same_sources_wait_for_the_one_that_trains_them(tmp_path, monkeypatch):
+    argv = ["hparams/fusion.yaml", "--language", "mt", "--source_languages", "[fr, it]"]
+    argv += ["--sources_folder", str(tmp_path)]
+    seen = []
+    folder = sources.train_sources(argv, seen.append)
+    with locked(folder.parent / f".{folder.name}.lock"):
+        second = threading.Thread(target=sources.train_sources, args=(argv, seen.append))
+        second.start()
+        second.join(0.5)
+        assert second.is_alive() and len(seen) == 1
+        monkeypatch.setenv("RANK", "1")  # of one run's processes, the first has it for all
+        sources.train_sources(argv, seen.append)
+    second.join(60)
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,10 @@ class Adapter(nn.Module):
     def attach(self, encoder: nn.Module) -> None:
         """Insert into every chosen layer."""
         if self.in_layers:
-            self.layers = parse_layers(self.layer_spec, encoder.top, lowest=1)
+            try:
+                self.layers = parse_layers(self.layer_spec, encoder.top, lowest=1)
+            except ValueError as error:  # the encoder's own layers may be chosen by a key like this
+                raise ValueError(f"{self.method}: {error}") from None
         for number in self.layers if self.in_layers else [0]:
             self.insert(encoder, number)
         device = next(encoder.model.parameters()).device

@@ -60,6 +60,8 @@ def _check_names(argv: list[str]) -> None:
         raise ValueError("source_languages: say with --language what is to be learned after them")
     if isinstance(folder, str) and isinstance(language, str):
         check_languages(Path(folder).absolute(), [language])
+    if (text := given(argv, "lm_text")) is not None and not Path(str(text)).is_file():
+        raise FileNotFoundError(f"lm_text={text}: there is no such file")
 
 
 if __name__ == "__main__":
