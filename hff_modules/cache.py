@@ -73,6 +73,8 @@ class StateCache:
     ):
         if dtype not in DTYPES:
             raise CacheError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+        if not isinstance(max_gigabytes, int | float | None):
+            raise CacheError(f"cache_gigabytes: expected a number, got {max_gigabytes!r}")
         self.encoder, self.dtype, self.max_gigabytes = encoder, dtype, max_gigabytes
         self.layers = encoder.stored_layers
         if not self.layers:

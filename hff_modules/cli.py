@@ -23,6 +23,11 @@ NOT_TAKEN = {
     "remove_vector_weight_decay": "optimizers are made otherwise here; see the key `optimizer`",
     "optimizer_step_limit": "take --number_of_epochs",
 }
+LESS_MEMORY = (
+    "It takes less with a lower --batch_seconds; in training also with --encoder_precision bf16 "
+    "and --precision bf16, and --grad_accumulation_factor keeps steps as large as they were."
+)
+MAY_BE_NULL = ("tensorboard", "masking")  # of the objects
 STRUCTURED = tuple("[{!&*'\"|>")  # how YAML begins that is more than a word
 
 
@@ -41,6 +46,9 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     except SystemExit as done:  # --fill_only, say
         if done.code:
             raise
+    except torch.OutOfMemoryError as error:
+        print(f"\nerror: {str(error).splitlines()[0]}\n{LESS_MEMORY}", file=sys.stderr)
+        sys.exit(1)
     except (OSError, ValueError, KeyError) as error:
         if os.environ.get("HFF_TRACEBACK"):
             raise
@@ -165,7 +173,7 @@ def _value(key: str, words: Sequence[str], yaml: ruamel.yaml.YAML) -> Any:
     if not words:
         return True
     text = " ".join(words)
-    if not text:
+    if not text or text in STRUCTURED:  # such as an apostrophe
         return text
     try:
         value = yaml.load(text)
@@ -203,7 +211,9 @@ def _check_kind(key: str, old: Any, value: Any, said: str) -> None:
     if isinstance(old, dict) and not tag_of(old) and plain:
         example = next(iter(old), "name")
         raise ValueError(f"--{key}: expected a mapping such as {{{example}: {said}}}, got {said}")
-    if tag_of(old).startswith(("!name:", "!new:")) and plain:
+    if tag_of(old).startswith(("!name:", "!new:")) and (
+        plain or (value is None and key not in MAY_BE_NULL)
+    ):
         raise ValueError(f"--{key}: expected an object such as '{tag_of(old)}', got {said}")
     if isinstance(old, dict) and isinstance(value, dict) and old and key != "adapters":
         unknown = [name for name in value if name not in old]

@@ -267,10 +267,7 @@ class Fused:
         beta: float,
         beam_size: int = 32,
     ):
-        if kind not in KINDS:
-            raise ValueError(f"lm: expected {' or '.join(KINDS)}, got {kind!r}")
-        if kind == "char" and units.kind != "char":
-            raise ValueError(f"lm: a model of characters needs units: char, not {units.kind}")
+        _check_kind(kind, units)
         vocabulary = list(units.vocab_list)
         if kind == "char":
             vocabulary = [SPACE_UNIT if unit == SPACE else unit for unit in vocabulary]
@@ -287,6 +284,13 @@ class Fused:
         """Texts for log probabilities (batch, frames, units) and relative lengths (batch,)."""
         found = self.searcher(log_probs.cpu(), wav_lens.cpu())
         return [" ".join(best[0].text.replace(SPACE_UNIT, SPACE).split()) for best in found]
+
+
+def _check_kind(kind: str, units: Units) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"lm: expected {' or '.join(KINDS)}, got {kind!r}")
+    if kind == "char" and units.kind != "char":
+        raise ValueError(f"lm: a model of characters needs units: char, not {units.kind}")
 
 
 def model_for(
@@ -312,10 +316,10 @@ def model_for(
     Raises
     ------
     ValueError, FileNotFoundError
-        No such kind, no such file, or a text of characters that the units do not have.
+        No such kind, or not for such units; no such file, or a text of characters that the units
+        do not have.
     """
-    if kind not in KINDS:
-        raise ValueError(f"lm: expected {' or '.join(KINDS)}, got {kind!r}")
+    _check_kind(kind, units)
     if text_file is not None and str(text_file).endswith(".arpa"):
         lm = load_arpa(text_file)
         shares = {t: 10**p for t, p in lm.ngrams[1][()].items() if t not in NO_TEXT}

@@ -5,6 +5,7 @@ Intermediate adaptation for a new language: arXiv 2411.18217.
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def check_unheard(folder: str | Path, parts: Mapping[str, DynamicItemDataset]) -
     """Refuse to test on recordings that the run which is started from was trained on.
 
     Parts that are chosen anew when rows are added are what leads there. Recordings are known by
-    file name, duration, text and speaker, or folder. Sentences said before are counted.
+    file name, duration and text, and by speaker, or folder where one of them has none. Sentences
+    said before are counted.
 
     Arguments
     ---------
@@ -162,9 +164,15 @@ def check_unheard(folder: str | Path, parts: Mapping[str, DynamicItemDataset]) -
     """
     manifests = sorted(Path(folder).glob("manifests/**/train*.csv"))
     rows = [row for path in manifests for row in read_rows(path, "").values()]
-    heard, said = set(map(_recording, rows)), {row.get("wrd") for row in rows}
+    heard, said = defaultdict(set), {row.get("wrd") for row in rows}
+    for row in rows:
+        heard[_recording(row)].add(_place(row))
     for name, dataset in parts.items():
-        both = [ID for ID, row in dataset.data.items() if _recording(row) in heard]
+        both = [
+            ID
+            for ID, row in dataset.data.items()
+            if any(_may_be_one(_place(row), there) for there in heard.get(_recording(row), ()))
+        ]
         if both:
             raise ValueError(
                 f"start_from {folder}: it was trained on {len(both)} of the {len(dataset.data)} "
@@ -180,8 +188,16 @@ def check_unheard(folder: str | Path, parts: Mapping[str, DynamicItemDataset]) -
 
 
 def _recording(row: Mapping[str, Any]) -> tuple:
-    wav, seconds = Path(row["wav"]), round(float(row["duration"]), 2)
-    return wav.name, seconds, row.get("wrd"), row.get("spk_id") or wav.parent.name
+    return Path(row["wav"]).name, round(float(row["duration"]), 2), row.get("wrd")
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row.get("spk_id") or "", Path(row["wav"]).parent.name
+
+
+def _may_be_one(one: tuple[str, str], other: tuple[str, str]) -> bool:
+    by_speaker = one[0] and other[0]  # speakers may have been named only later
+    return one[0] == other[0] if by_speaker else one[1] == other[1]
 
 
 def _apart_from_units(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -201,6 +201,8 @@ def test_too_small_a_budget_is_refused_and_counts_what_is_there(encoder, wavs, t
     cache = StateCache(tmp_path / "cache", encoder)
     cache.fill(wavs[:3], SECONDS[:3], progress=False)
     there = sum(f.stat().st_size for f in files(cache)) / 1e9
+    with pytest.raises(CacheError, match="cache_gigabytes: expected a number, got '0.5GB'"):
+        StateCache(tmp_path / "cache", encoder, max_gigabytes="0.5GB")
     tight = StateCache(tmp_path / "cache", encoder, max_gigabytes=1.01 * there)
     with pytest.raises(CacheError, match="budget"):
         tight.fill(wavs, SECONDS, progress=False)

@@ -144,6 +144,7 @@ def test_rows_whose_text_and_audio_do_not_belong_together_are_reported_and_kept(
     ("change", "message"),
     [
         ({"split": "trian"}, "my.csv, line 3: split is 'trian'; expected train, dev, test"),
+        ({"split": "eval"}, "split is 'eval'"),  # dev to some, test to others
         ({"split": ""}, "my.csv, line 3: no split; expected one in all rows or none"),
     ],
 )
@@ -343,8 +344,10 @@ def test_other_rows_do_not_go_on_with_the_run_on_those_before(
     write_csv(path, rows[:-1])
     with pytest.raises(ValueError, match="on other data: train had 20 utterances, now it has 19"):
         train.main(argv)
+    assert len(corpora.read_table(tmp_path / "run/manifests/train.csv")) == 20, "as it was trained"
+    assert len(corpora.read_table(tmp_path / "run/manifests-now/train.csv")) == 19
     write_csv(path, [*rows[:-1], {**rows[-1], "text": "three ten"}])
-    with pytest.raises(ValueError, match="now it has 20, not all the same; choose another"):
+    with pytest.raises(ValueError, match="now it has 20, not all the same .manifests-now"):
         train.main([*argv, "--test_only"])
     (tmp_path / "moved").mkdir()
     (tmp_path / "audio").rename(tmp_path / "moved/audio")

@@ -172,6 +172,8 @@ def test_models_that_cannot_serve_are_refused(tmp_path):
     pieces = SentencePieceUnits.from_texts(TEXTS * 5, vocab_size=14)
     with pytest.raises(ValueError, match="a model of characters needs units: char, not unigram"):
         Fused(train_ngram([("a",)], 2), "char", pieces, 1.0, 0.0)
+    with pytest.raises(ValueError, match="a model of characters needs units: char, not unigram"):
+        model_for("char", 3, TEXTS, None, pieces)  # before anything is trained
 
 
 @pytest.mark.parametrize(

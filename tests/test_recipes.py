@@ -329,8 +329,11 @@ def test_trials_of_common_voice_are_drawn_by_speaker_and_always_the_same(tmp_pat
     assert len(lines) == 9 * 8 // 2 and len({tuple(line) for line in lines}) == 36
     for same, first, second in lines:
         assert (speakers[first] == speakers[second]) == (same == "1")
-    _, again = recipe.prepare(data, tmp_path / "again")
+    clip = data / "clips/common_voice_fr_500.wav"
+    clip.rename(clip.with_suffix(".flac"))  # converted: it is found by its stem
+    made, again = recipe.prepare(data, tmp_path / "again")
     assert again["test"].read_text() == trials["test"].read_text()
+    assert len(corpora.read_table(made["train"])) == len(corpora.read_table(manifests["train"]))
     _, other = recipe.prepare(data, tmp_path / "other", seed=7)
     assert other["test"].read_text() != trials["test"].read_text()
     few = recipe.rows(data, tmp_path / "few", max_per_speaker=2)

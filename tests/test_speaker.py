@@ -176,6 +176,12 @@ def test_without_a_cohort_there_is_no_s_norm(job, tmp_path):
     assert results["test"]["test"].keys() == {"eer", "min_dcf"}
 
 
+def test_a_cohort_of_none_is_refused_before_training(job, tmp_path):
+    with pytest.raises(ValueError, match="cohort_nearest: expected 1 at least, got 0"):
+        job(tmp_path, "--cohort_nearest", "0")
+    assert not any(tmp_path.glob("save/*"))
+
+
 def test_s_norm_is_what_its_definition_gives_trial_by_trial():
     torch.manual_seed(0)
     scores, first, second = torch.rand(5), torch.rand(5, 9), torch.rand(5, 9)
@@ -189,8 +195,6 @@ def test_s_norm_is_what_its_definition_gives_trial_by_trial():
             sides.append((float(scores[trial]) - mean) / deviation)
         assert float(normed[trial]) == pytest.approx(sum(sides) / 2, rel=1e-4)
     assert s_norm(scores, first, second, nearest=1).isfinite().all()
-    with pytest.raises(ValueError, match="cohort_nearest: expected 1 at least, got 0"):
-        s_norm(scores, first, second, nearest=0)
 
 
 def test_the_margin_makes_the_loss_harder_and_zero_margin_is_scaled_softmax():

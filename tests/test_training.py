@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from speechbrain import Stage
 from speechbrain.decoders.ctc import CTCPrefixBeamSearcher
 
+from hff_modules import cli
 from hff_modules.brains import CTCBrain, base, enter_folder, train_ctc
 from hff_modules.brains.ctc import relative_lengths
 from hff_modules.brains.head_first import HeadFirst
@@ -288,6 +289,17 @@ def test_a_score_that_is_no_number_is_never_the_best(job, tmp_path, monkeypatch,
     assert results["dev"]["loss"] == results["history"][0]["loss"] and results["test"]
 
 
+def test_memory_that_is_full_is_answered_with_what_takes_less(monkeypatch, capsys):
+    def full(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(full)
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "error: CUDA out of memory. Tried to allocate 2 GiB.\n" in said
+    assert "--batch_seconds" in said and "more" not in said
+
+
 @pytest.mark.parametrize("select_by", ["accuracy", "werr"])
 def test_a_score_that_cannot_choose_is_refused_at_once(job, tmp_path, select_by):
     with pytest.raises(
@@ -554,6 +566,10 @@ def test_masking_stays_within_the_utterance_and_the_asked_share():
     in_width = FeatureMasking(time_masks=0, width_masks=1, width_share=0.25)
     bands = in_width(torch.ones(50, 4, 8), torch.full((50,), 4)) == 0
     assert torch.equal(bands.any(1), bands.all(1)) and bands[:, 0].sum(1).max() == 2
+
+
+def test_masking_can_be_left_out(job, tmp_path):
+    assert job(tmp_path, "--masking", "null", "--number_of_epochs", "1")["epochs"] == 1
 
 
 def test_masking_is_off_in_evaluation():

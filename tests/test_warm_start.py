@@ -104,6 +104,9 @@ def test_what_the_other_run_was_trained_on_is_not_tested_on(first, tmp_path, cap
     heard = dict(list(read_rows(manifest, "").items())[:2])
     with pytest.raises(ValueError, match="was trained on 2 of the 2 recordings of dev"):
         check_unheard(first, {"dev": DynamicItemDataset(heard)})
+    named_later = {ID: {**row, "spk_id": ""} for ID, row in heard.items()}
+    with pytest.raises(ValueError, match="was trained on 2 of the 2 recordings of dev"):
+        check_unheard(first, {"dev": DynamicItemDataset(named_later)})
     others = {ID: {**row, "spk_id": "another"} for ID, row in heard.items()}
     with caplog.at_level(logging.WARNING):
         check_unheard(first, {"test": DynamicItemDataset(others)})

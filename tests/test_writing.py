@@ -202,6 +202,9 @@ def test_signs_that_are_letters_can_be_told():
     tones = writing_of(["ku12", "ma 3"], letters="123!")
     assert tones.clean("Ku12, !xóõ!") == "ku12 !xóõ!" and tones.problem("ku12") is None
     assert tones.problem("ku14") == NUMBERS
+    glottal = writing_of(["a"], letters="'")
+    assert glottal.clean("’ōlelo ʻOkina b’aq‘ 'a") == "'ōlelo 'okina b'aq' 'a"
+    assert writing_of(["a"], letters="ʻ").clean("’ōlelo") == "ʻōlelo"
     found = clean_parts({"train": {"a": "ku12", "b": "ku 45"}}, letters="12")
     assert found == {"train": {"a": "ku12"}}
     with pytest.raises(ValueError, match="letters: expected them in quotation marks.*got 12"):

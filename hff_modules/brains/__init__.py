@@ -3,7 +3,7 @@
 from hff_modules.brains.base import SSLBrain
 from hff_modules.brains.classification import ClassificationBrain, train_classification
 from hff_modules.brains.ctc import CTCBrain, train_ctc
-from hff_modules.brains.job import enter_folder, prepared
+from hff_modules.brains.job import enter_folder, manifests_folder, prepared
 from hff_modules.brains.speaker import SpeakerBrain, train_speaker
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "SSLBrain",
     "SpeakerBrain",
     "enter_folder",
+    "manifests_folder",
     "prepared",
     "train_classification",
     "train_ctc",

@@ -27,6 +27,7 @@ from hff_modules.brains.base import SSLBrain
 from hff_modules.config import MAY_CHANGE, changed_settings
 from hff_modules.data.loading import batches_by_length
 from hff_modules.files import locked, parse_yaml, read_json, read_text, write_atomically
+from hff_modules.masking import FeatureMasking
 
 logger = get_logger(__name__)
 
@@ -83,8 +84,14 @@ def prepared(hparams: Mapping[str, Any], prepare: Callable[..., Any], *args, **k
         What follows.
     """
     enter_folder(hparams)
-    folders = [hparams["data_folder"], Path(hparams["output_folder"]) / "manifests"]
+    folders = [hparams["data_folder"], manifests_folder(hparams)]
     return run_on_main(prepare, args=[*folders, *args], kwargs=kwargs)
+
+
+def manifests_folder(hparams: Mapping[str, Any]) -> Path:
+    """Where manifests are made: those of a run that has begun say what it was trained on."""
+    folder = Path(hparams["output_folder"])
+    return folder / ("manifests-now" if _begun(folder) else "manifests")
 
 
 def build_modules(hparams: Mapping[str, Any], **head_sizes: Any) -> dict[str, nn.Module]:
@@ -106,7 +113,8 @@ def build_modules(hparams: Mapping[str, Any], **head_sizes: Any) -> dict[str, nn
         adapters.attach(encoder, method, **options)
     fusion = hparams["fusion"](num_states=len(encoder.layers), input_size=encoder.hidden_size)
     head = hparams["head"](input_size=fusion.output_size, **head_sizes)
-    return {"encoder": encoder, "fusion": fusion, "masking": hparams["masking"], "head": head}
+    masking = hparams["masking"] or FeatureMasking(time_masks=0, width_masks=0)
+    return {"encoder": encoder, "fusion": fusion, "masking": masking, "head": head}
 
 
 def keep(
@@ -149,8 +157,8 @@ def keep(
                 then, now = (which[part]["utterances"] for which in (before, found))
                 raise ValueError(
                     f"{folder} holds a run on other data: {part} had {then} utterances, now it has "
-                    f"{now}{', not all the same' if then == now else ''}; choose another "
-                    "--output_folder, or delete that one to start anew"
+                    f"{now}{', not all the same' if then == now else ''} (manifests-now beside its "
+                    "manifests); choose another --output_folder, or delete that one to start anew"
                 )
     if if_main_process():
         files["data.json"] = json.dumps({**found, "processes": processes}, indent=1) + "\n"

@@ -211,8 +211,6 @@ def s_norm(
     torch.Tensor
         (trials,).
     """
-    if nearest < 1:
-        raise ValueError(f"cohort_nearest: expected 1 at least, got {nearest}")
     normed = torch.zeros_like(scores)
     for side in (first, second):
         top = side.topk(min(nearest, side.shape[1]), dim=1).values
@@ -252,6 +250,8 @@ def train_speaker(
         Fewer than two speakers to train on, a speaker to train on in dev or test, or trials that
         name absent utterances.
     """
+    if hparams["cohort_speakers"] and hparams["cohort_nearest"] < 1:
+        raise ValueError(f"cohort_nearest: expected 1 at least, got {hparams['cohort_nearest']}")
     columns = ("ID", "duration", "wav", "spk_id")
     source = manifests["train"]
     everybody = read_speech([source], data_root, columns)

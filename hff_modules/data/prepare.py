@@ -11,7 +11,7 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,6 +72,26 @@ def find_audio(folder: Path) -> list[Path]:
     """Audio files of a folder, sorted; hidden files (macOS leaves some) are no audio."""
     files = (p for p in folder.iterdir() if p.suffix.lower() in ENDINGS)
     return sorted(p for p in files if not p.name.startswith("."))
+
+
+def clip_finder(folder: Path) -> Callable[[str], str | None]:
+    """Gives a file's name in a folder by a table's, whose ending may be from before a conversion.
+
+    Arguments
+    ---------
+    folder : Path
+
+    Returns
+    -------
+    Callable
+        Gives None where there is no such file.
+    """
+    names = [file.name for file in os.scandir(folder)]
+    clips: dict[str, str] = {}
+    for ending in reversed(ENDINGS):
+        clips |= {name.removesuffix(ending): name for name in names if name.endswith(ending)}
+    clips |= {name: name for name in names}
+    return lambda name: clips.get(name) or clips.get(Path(name).stem)
 
 
 def read_table(

@@ -99,7 +99,8 @@ class Writing:
     keep_harakat : bool
         Keep the vowel marks of Arabic script.
     letters : str
-        Signs that are letters in this language, such as digits for tones.
+        Signs that are letters in this language, such as digits for tones; an apostrophe stands for
+        all forms in which it is typed.
 
     Example
     -------
@@ -165,6 +166,8 @@ class Writing:
         kind = unicodedata.category(character)
         if character in self.letters:
             return character
+        if character in APOSTROPHES and (own := set(self.letters) & set(APOSTROPHES)):
+            return min(own)
         if character == GERSHAYIM:
             return character if _is_word(before) and _is_word(after) else " "
         if character in APOSTROPHES or character == "·":

@@ -10,13 +10,11 @@ import json
 import shutil
 from pathlib import Path
 
-import matplotlib
+import numpy
+from speech_prepare import learned_from
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from speech_prepare import learned_from  # noqa: E402
-
-from hff_modules.cli import run  # noqa: E402
+from hff_modules.cli import run
+from hff_modules.plots import new_figure
 
 CARD = """---
 library_name: transformers
@@ -156,6 +154,7 @@ def publish(folder, rounds, data_root, licences, cores):
         sources="\n".join(sources),
         remarks=licences["remarks"],
     )
+    curves = _curves(reports)  # needs matplotlib: said before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
         shutil.copyfile(Path(rounds[-1]) / name, folder / name)
@@ -163,7 +162,7 @@ def publish(folder, rounds, data_root, licences, cores):
         json.dumps({"rounds": reports, "learned_from": names}, indent=1) + "\n"
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    _plot(reports, folder / "curves.png")
+    curves.savefig(folder / "curves.png")
 
 
 def _named(encoder, made_in):
@@ -201,9 +200,9 @@ def _listed(names):
     return f"{names[0]} … {names[-1]} ({len(names)} sources)"
 
 
-def _plot(reports, path):
-    figure, axes = plt.subplots(1, len(reports), figsize=(4 * len(reports), 3), squeeze=False)
-    for number, (report, axis) in enumerate(zip(reports, axes[0], strict=True), 1):
+def _curves(reports):
+    figure, axes = new_figure(4 * len(reports), 3, len(reports))
+    for number, (report, axis) in enumerate(zip(reports, numpy.atleast_1d(axes), strict=True), 1):
         hours = [row["hours"] for row in report["history"]]
         for part in ("train", "valid"):
             losses = [row[part]["masked_loss"] for row in report["history"]]
@@ -212,8 +211,7 @@ def _plot(reports, path):
         axis.axhline(unigram / len(report["targets"]["codebooks"]), ls=":", label="unigram")
         axis.set(title=f"round {number}", xlabel="hours heard", ylabel="masked loss")
         axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    return figure
 
 
 def main(argv):

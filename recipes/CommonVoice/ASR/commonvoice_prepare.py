@@ -13,8 +13,8 @@ from speechbrain.utils.logger import get_logger
 
 from hff_modules.data.manifest import DATA_ROOT, read_rows, summarize_manifest, write_manifest
 from hff_modules.data.prepare import (
-    ENDINGS,
     choose_subset,
+    clip_finder,
     expect,
     judge,
     listing,
@@ -119,11 +119,7 @@ def _prepare_language(
     letters: str,
 ) -> dict[str, Path]:
     folder = expect(root / language, [*(f"{part}.tsv" for part in PARTS), "clips"], LAYOUT)
-    names = [file.name for file in os.scandir(folder / "clips")]
-    clips: dict[str, str] = {}
-    for ending in reversed(ENDINGS):
-        clips |= {name.removesuffix(ending): name for name in names if name.endswith(ending)}
-    clips |= {name: name for name in names}
+    find_clip = clip_finder(folder / "clips")
     parts: dict[str, list[dict[str, str]]] = {}
     for part in PARTS:
         table = folder / f"{part}.tsv"
@@ -136,7 +132,7 @@ def _prepare_language(
         found, missing = [], []
         for row in rows:
             path = row["path"].strip()
-            clip = clips.get(path) or clips.get(Path(path).stem)  # clips may have been converted
+            clip = find_clip(path)
             if clip is None:
                 missing.append(path)
                 continue

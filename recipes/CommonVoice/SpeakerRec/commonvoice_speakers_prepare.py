@@ -1,7 +1,8 @@
 """Speaker verification on a language of Common Voice (Ardila et al., LREC 2020).
 
 ``train.tsv``, ``dev.tsv`` and ``test.tsv`` have the columns client_id and path; clips are in
-``clips``. No client is in two of them. Trials are drawn from the clips of dev and of test.
+``clips`` and may have another ending than the tables say. No client is in two of them. Trials are
+drawn from the clips of dev and of test.
 """
 
 import csv
@@ -9,7 +10,7 @@ import os
 from pathlib import Path
 
 from hff_modules.data.manifest import read_rows
-from hff_modules.data.prepare import at_most, expect, read_table, write_parts
+from hff_modules.data.prepare import at_most, clip_finder, expect, read_table, write_parts
 from hff_modules.data.trials import make_trials, write_trials
 
 PARTS = ("train", "dev", "test")
@@ -49,12 +50,16 @@ def prepare_commonvoice_speakers(
         Another layout; says what was expected and what was found.
     """
     folder = expect(data_folder, [*(f"{part}.tsv" for part in PARTS), "clips"], LAYOUT)
-    parts = {}
+    find_clip, parts = clip_finder(folder / "clips"), {}
     for part in PARTS:
         table = folder / f"{part}.tsv"
         rows = read_table(table, ("client_id", "path"), delimiter="\t", quoting=csv.QUOTE_NONE)
         parts[part] = [
-            {"ID": Path(r["path"]).stem, "wav": f"clips/{r['path']}", "spk_id": r["client_id"]}
+            {
+                "ID": Path(r["path"]).stem,
+                "wav": f"clips/{find_clip(r['path']) or r['path']}",
+                "spk_id": r["client_id"],
+            }
             for r in rows
         ]
     parts["train"] = at_most(parts["train"], "spk_id", max_per_speaker, seed)

@@ -23,7 +23,7 @@ from hff_modules.files import write_atomically
 logger = get_logger(__name__)
 
 PARTS = ("train", "dev", "test")
-ALSO_DEV = ("valid", "validation", "val", "eval")
+ALSO_DEV = ("valid", "validation", "val")  # not eval, which is test to some
 SHARE = 0.1  # of dev, and of test, where nobody says which is which
 SHORT, LONG = 0.5, 30.0  # seconds
 UNUSUAL = 4.0  # spreads from the median of characters per second

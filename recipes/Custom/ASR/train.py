@@ -10,7 +10,7 @@ import speechbrain as sb
 from custom_prepare import prepare_custom
 from speechbrain.utils.distributed import run_on_main
 
-from hff_modules.brains import enter_folder, train_ctc
+from hff_modules.brains import enter_folder, manifests_folder, train_ctc
 from hff_modules.cli import check_said, given, run, without_wait
 from hff_modules.config import METHODS, load_config
 from hff_modules.data.writing import clean_text_file
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> dict | None:
         run_on_main(prepare_custom, kwargs={**options, "save_folder": checked, "whole": True})
         return None
     enter_folder(hparams)
-    options["save_folder"] = output_folder / "manifests"
+    options["save_folder"] = manifests_folder(hparams)
     manifests, data_root = run_on_main(prepare_custom, kwargs=options)
     train, rules = [manifests["train"]], [hparams["language"], hparams["keep_harakat"]]
     others = [csv for part, csv in manifests.items() if part != "train"]
