@@ -29,6 +29,8 @@ from speechbrain.utils.logger import get_logger
 from hff_modules.cache import AudioDigests, StateCache, bytes_per_frame
 from hff_modules.cli import default_device
 from hff_modules.config import rebuilt
+from hff_modules.data.loading import refuse_too_long
+from hff_modules.data.speed import checked_speeds
 from hff_modules.encoder import SSLEncoder
 from hff_modules.files import read_json, write_atomically
 from hff_modules.layers import parse_layers
@@ -355,6 +357,8 @@ def choose_layers(
     """
     if "auto_layers" not in hparams and hparams["analysis"] is None:
         return hparams
+    checked_speeds(hparams)  # before hours of probing
+    refuse_too_long(hparams["ssl_encoder"], [s for s in (train_set, dev_set) if s is not None])
     train = [train_set.data[name] for name in train_set.data_ids]
     if dev_set is None:
         train, dev = [r for n, r in enumerate(train) if n % 5], train[::5]

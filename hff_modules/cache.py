@@ -54,7 +54,7 @@ class StateCache:
     dtype : str
         "fp32", "fp16", "bf16", or "int8" with one scale for each frame.
     max_gigabytes : float, optional
-        Refuse to let this encoder's part grow beyond; by default the free disk decides.
+        Refuse to let this folder, of these layers, grow beyond; by default the free disk decides.
 
     Example
     -------
@@ -79,8 +79,7 @@ class StateCache:
         self.layers = encoder.stored_layers
         if not self.layers:
             raise CacheError(
-                "nothing of this encoder can be cached: training reaches down to its front end "
-                f"(horizon {encoder.horizon})"
+                f"nothing of this encoder can be cached: {why_nothing_is_kept(encoder)}"
             )
         self.key = {"format": _FORMAT, "dtype": dtype, **encoder.frozen_manifest()}
         text = json.dumps(self.key, indent=2, sort_keys=True)
@@ -200,7 +199,13 @@ class StateCache:
         )
 
     def _absent(self, wanted: Iterable[Variant]) -> list[Variant]:
-        return [variant for variant in wanted if not self._found(*variant)[0].exists()]
+        return [variant for variant in wanted if not self._is_there(*variant)]
+
+    def _is_there(self, wav: str, speed: float) -> bool:
+        try:
+            return self._found(wav, speed)[0].exists()
+        except OSError:  # the audio is not: it is named with others when its turn comes
+            return False
 
     def _missing(self, wanted: Mapping[Variant, float], held: ExitStack) -> dict[Variant, float]:
         """What is to be computed; then the lock is `held`, and the disk is large enough.
@@ -347,6 +352,13 @@ class StateCache:
         stored, frames = self.encoder.encode(wavs.to(device), wav_lens.to(device))
         for variant, states, count in zip(readable, stored, frames.tolist(), strict=True):
             write_atomically(self.path(*variant), _file(states[:count], self.dtype))
+
+
+def why_nothing_is_kept(encoder: torch.nn.Module) -> str:
+    """The reason why an encoder has no states that could be stored, for messages."""
+    if encoder.horizon < 0:
+        return f"training reaches down to its front end (horizon {encoder.horizon})"
+    return "its adapted layers hear the padding of a batch (Whisper)"
 
 
 def _share() -> tuple[int, int]:

@@ -159,16 +159,20 @@ class Trained:
         manifest = json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
         write_atomically(path.parent / MANIFEST, manifest)
 
-    def load(self, path: str | Path) -> None:
-        """Load what :meth:`save` wrote.
+    def check(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that does not fit.
+
+        Arguments
+        ---------
+        checkpoint : Path
+            Its folder.
 
         Raises
         ------
         CheckpointError
             It was made for another encoder, other layers, another method or other shapes.
         """
-        path = Path(path)
-        file = path.parent / MANIFEST
+        file = checkpoint / MANIFEST
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -179,9 +183,20 @@ class Trained:
         if found:
             lines = "\n  ".join(found)
             raise CheckpointError(
-                f"the checkpoint {path.parent} was made for something else:\n  {lines}\n"
+                f"the checkpoint {checkpoint} was made for something else:\n  {lines}\n"
                 "Use the settings it was made with, or another --output_folder."
             )
+
+    def load(self, path: str | Path) -> None:
+        """Load what :meth:`save` wrote.
+
+        Raises
+        ------
+        CheckpointError
+            As :meth:`check`.
+        """
+        path = Path(path)
+        self.check(path.parent)
         tensors, _ = read_tensors(path)
         with torch.no_grad():
             for name, tensor in self.tensors().items():

@@ -147,13 +147,14 @@ class Transcriber:
         """Recognise one signal of any length that comes in pieces (samples,)."""
         size = (self.hop + self.overlap) * self._per_frame
         heard = self._heard(windows(pieces, size, self.overlap * self._per_frame))
-        held, offset = None, 0
+        held, offset, spaced = None, 0, False
         for piece in joined(heard, self.hop, self.overlap, self.decoder.units.blank_index):
             held = piece if held is None else torch.cat([held, piece])
             done = self._complete(held)
-            yield from self._timed(held[:done], offset)
+            yield from self._timed(held[:done], offset, spaced)
+            spaced = self._ends_with_space(held[:done], spaced)
             held, offset = held[done:], offset + done
-        yield from self._timed(held, offset)
+        yield from self._timed(held, offset, spaced)
 
     def _heard(self, signals: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         at_once = max(1, int(self.batch_seconds // self.window))
@@ -180,7 +181,15 @@ class Transcriber:
         inside = _middle_of_longest(silent.tolist())
         return len(log_probs) if inside is None else half + inside
 
-    def _timed(self, log_probs: torch.Tensor | None, offset: int) -> list[TimedWord]:
+    def _ends_with_space(self, log_probs: torch.Tensor, before: bool) -> bool:
+        labels = log_probs.argmax(-1)
+        said = labels[labels != self.decoder.units.blank_index]
+        return self.decoder.written[int(said[-1])][-1:].isspace() if len(said) else before
+
+    def _timed(
+        self, log_probs: torch.Tensor | None, offset: int, spaced: bool = False
+    ) -> list[TimedWord]:
+        """Words with times; ``spaced``: there was a space before the first of them."""
         if log_probs is None or len(log_probs) == 0:
             return []
         return [
@@ -188,9 +197,9 @@ class Transcriber:
                 word.text,
                 round((offset + word.start) / self.frame_rate, 3),
                 round((offset + word.end) / self.frame_rate, 3),
-                word.joined,
+                word.joined and not (spaced and number == 0),
             )
-            for word in self.decoder.words(log_probs)
+            for number, word in enumerate(self.decoder.words(log_probs))
         ]
 
 
@@ -304,9 +313,16 @@ def transcribe(
         as bar,
     ):  # fmt: skip
         for group in grouped(find_recordings(inputs, Path(spool)), AT_ONCE):
-            for failure in (one for one in group if isinstance(one, Failure)):
-                failed(failure)
-            recordings = [one for one in group if isinstance(one, Recording)]
+            recordings = []
+            for one in group:
+                if isinstance(one, Failure):
+                    failed(one)
+                    continue
+                try:
+                    sink.expect(one)
+                    recordings.append(one)
+                except AudioError as error:
+                    failed(Failure(one.name, str(error)))
             bar.total = (bar.total or 0) + round(sum(one.seconds for one in recordings))
             short = [one for one in recordings if one.seconds <= transcriber.window]
             found = _short(transcriber, short, bar)

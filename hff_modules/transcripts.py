@@ -111,8 +111,7 @@ class Sink:
         self.kind, self.path = kind, Path(output) if output else None
         self.is_folder = output is not None and (self.path.is_dir() or not self.path.suffix)
         self.file: TextIO = sys.stdout
-        self.is_empty = True
-        self.written: set[Path] = set()
+        self.expected: set[Path] = set()  # files, or the recordings of one file
 
     def __enter__(self) -> "Sink":
         self._open = contextlib.ExitStack()
@@ -123,14 +122,38 @@ class Sink:
     def __exit__(self, *error) -> None:
         self._open.__exit__(*error)
 
+    def expect(self, recording: Recording) -> None:
+        """Say, before it is heard, that a recording's words will be written.
+
+        Raises
+        ------
+        ExportError
+            They would be the second subtitles in one file.
+        AudioError
+            Their file is another recording's, or lies beside the recording already: a corpus keeps
+            its transcripts there.
+        """
+        if not self.is_folder:
+            if self.kind == "srt" and self.expected:
+                raise ExportError("subtitles of several recordings: give a folder as --output")
+            self.expected.add(recording.place)
+            return
+        target = self._target(recording)
+        if target in self.expected:
+            raise AudioError(f"{recording.name}: {target} is there of another recording")
+        if target.exists() and target.parent.resolve() == recording.path.parent.resolve():
+            raise AudioError(
+                f"{recording.name}: {target} lies beside it and may be its transcript; choose "
+                "another --output, or delete it"
+            )
+        self.expected.add(target)
+
+    def _target(self, recording: Recording) -> Path:
+        place = self.path / recording.place
+        return place.with_name(place.name + SUFFIXES[self.kind])
+
     def write(self, recording: Recording, found: Iterable[TimedWord]) -> None:
         """Write one recording's words, or nothing of it if they cannot be had."""
-        if self.kind == "srt" and not self.is_folder and not self.is_empty:
-            raise ExportError("subtitles of several recordings: give a folder as --output")
-        self.is_empty = False
-        place = self.path / recording.place if self.is_folder else None
-        if place in self.written:
-            raise AudioError(f"{recording.name}: {place} is there of another recording")
         own_text = self.is_folder and self.kind == "text"
         with _spool() as whole:
             WRITERS[self.kind]("" if own_text else recording.name, found, whole)
@@ -139,6 +162,5 @@ class Sink:
                 shutil.copyfileobj(whole, self.file)
                 self.file.flush()
                 return
-            self.written.add(place)
-            with open_atomically(place.with_name(place.name + SUFFIXES[self.kind])) as file:
+            with open_atomically(self._target(recording)) as file:
                 shutil.copyfileobj(whole, file)

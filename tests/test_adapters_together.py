@@ -447,6 +447,11 @@ def test_unknown_methods_options_and_names_are_refused(encoders):
         adapters.enable(encoder, "lora")
 
 
+def test_frames_that_no_layer_would_read_are_refused():
+    with pytest.raises(AdapterError, match="first one is not there to read the frames"):
+        adapters.attach(SSLEncoder("logmel", layers=0), "p_adapter")
+
+
 @pytest.mark.parametrize(
     ("method", "options", "complaint"),
     [
@@ -458,8 +463,12 @@ def test_unknown_methods_options_and_names_are_refused(encoders):
         ("bitfit", {"what": "weights"}, "what='weights': expected 'bias'"),
         ("compacter", {"bottleneck": 10}, "division=4 does not divide bottleneck=10"),
         ("compacter", {"division": 5, "bottleneck": 10}, "does not divide the encoder's width 24"),
-        ("prefix", {"length": 0}, "length=0: expected at least 1"),
-        ("prompts", {"length": 0}, "length=0: expected at least 1"),
+        ("prefix", {"length": 0}, "length=0: expected a whole number above 0"),
+        ("prompts", {"length": 0}, "length=0: expected a whole number above 0"),
+        ("lora", {"rank": 0}, "rank=0: expected a whole number above 0"),
+        ("tpa", {"bottleneck": -3}, "bottleneck=-3: expected a whole number above 0"),
+        ("houlsby", {"bottleneck": "64"}, "bottleneck='64': expected a whole number above 0"),
+        ("compacter", {"division": 0}, "division=0: expected a whole number above 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(method, options, complaint, encoders):

@@ -376,6 +376,15 @@ def test_an_analysis_ends_the_job_and_leaves_a_report(job, tmp_path):
 def test_a_wrong_auto_is_refused_before_anything_is_computed(job, tmp_path):
     with pytest.raises(ValueError, match="layers='auto:none': expected auto, auto:4"):
         job("run", "--layers", "auto:none", "--cache", str(tmp_path / "store"))
+    with pytest.raises(ValueError, match="speed: expected numbers from 0.5 to 2.0"):
+        job("run", "--layers", "auto", "--speed", "[0]", "--cache", str(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_utterances_that_are_too_long_are_named_before_the_probing(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(SSLEncoder, "maximum_samples", 4800)
+    with pytest.raises(ValueError, match=r"utterances \(.*\) are longer than the 0.3 s that"):
+        job("run", "--layers", "auto", "--cache", str(tmp_path / "store"))
     assert not (tmp_path / "store").exists()
 
 

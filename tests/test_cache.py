@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,10 +213,13 @@ def test_too_small_a_budget_is_refused_and_counts_what_is_there(encoder, wavs, t
 def test_all_files_that_cannot_be_read_are_named_and_the_others_stored(encoder, wavs, tmp_path):
     for number in (1, 2):
         soundfile.write(wavs[number], [0.1, float("nan")] * 4000, 16000, subtype="FLOAT")
+    Path(wavs[3]).unlink()
     cache = StateCache(tmp_path / "cache", encoder)
-    with pytest.raises(AudioError, match=r"(?s)2 audio files cannot be read.*1\.wav.*2\.wav"):
+    unreadable = r"(?s)3 audio files cannot be read.*1\.wav.*2\.wav.*3\.wav"
+    with pytest.raises(AudioError, match=unreadable):
         cache.fill(wavs, SECONDS, batch_seconds=0.1, progress=False)
-    assert len(files(cache)) == len(wavs) - 2
+    assert len(files(cache)) == len(wavs) - 3
+    assert len(json.loads((tmp_path / "cache/audio.json").read_text())) == len(wavs) - 1
 
 
 def test_a_damaged_entry_is_named(encoder, wavs, tmp_path):

@@ -261,6 +261,24 @@ def test_every_method_file_is_called_what_it_is(path):
     assert merge_files(path)["method"] == path.stem
 
 
+@pytest.mark.parametrize(
+    ("recipe", "activation"),
+    [
+        ("EmoDB/emotion", "relu"),
+        ("IEMOCAP/emotion", "relu"),
+        ("CommonVoice/SpeakerRec", "relu"),
+        ("SpeechToIntent/intent", "gelu"),
+        ("LibriSpeech/ASR", "gelu"),
+    ],
+)
+@pytest.mark.parametrize("method", ["l_adapters", "elp"])
+def test_l_adapters_have_their_authors_activation_for_the_task(recipe, activation, method):
+    (base,) = (METHODS.parent / "recipes" / recipe / "hparams").glob("*.yaml")
+    line = [f"hparams/{method}.yaml", "--data_folder", "x", "--device", "cpu"]
+    hparams, _ = load_config(line, base)
+    assert hparams["fusion"].keywords["activation"] == activation
+
+
 def test_a_job_that_is_done_leaves_its_process_group():
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -107,7 +107,8 @@ def test_a_stopped_run_goes_on_and_computes_nothing_twice(
     monkeypatch.setattr(dump, "_computed", counted)
     dump.dump(encoder_folder, str(tones), tmp_path / target, layers="2", batch_seconds=1)
     assert len(computed) == len(set(computed)) == 12
-    dump.dump(encoder_folder, str(tones), tmp_path / target, layers="2")
+    moved = shutil.copytree(encoder_folder, tmp_path / "moved")  # the same weights elsewhere
+    dump.dump(str(moved), str(tones), tmp_path / target, layers="2")
     assert len(computed) == 12
     read = read_archive if target.endswith("h5") else read_folder
     assert len(read(tmp_path / target)) == 12

@@ -21,6 +21,7 @@ from hff_modules import cli
 from hff_modules.brains import CTCBrain, base, enter_folder, train_ctc
 from hff_modules.brains.ctc import relative_lengths
 from hff_modules.brains.head_first import HeadFirst
+from hff_modules.checkpoint import CheckpointError
 from hff_modules.config import METHODS, load_config
 from hff_modules.data import CharUnits
 from hff_modules.data.loading import drop_unalignable, needed_frames, read_speech
@@ -259,9 +260,9 @@ def test_weights_of_a_language_model_are_chosen_in_the_precision_of_evaluation(
 def test_test_sets_stay_untouched_until_asked_for(job, tmp_path, monkeypatch):
     stored, filled_cache = [], HeadFirst.filled_cache
 
-    def noted(head_first, hparams, datasets):
+    def noted(head_first, hparams, datasets, training):
         stored.append(len(datasets))
-        return filled_cache(head_first, hparams, datasets)
+        return filled_cache(head_first, hparams, datasets, training)
 
     monkeypatch.setattr(HeadFirst, "filled_cache", noted)
     options = ["--layers", "[2, 4]", "--number_of_epochs", "1"]
@@ -271,7 +272,7 @@ def test_test_sets_stay_untouched_until_asked_for(job, tmp_path, monkeypatch):
     chosen = job(tmp_path / "tried", *options, "--test_only")
     whole = job(tmp_path / "whole", *options)
     assert chosen["test"] == whole["test"] and chosen["dev"] == compared["dev"]
-    assert stored == [2, 3, 3]  # nor are their states stored
+    assert stored == [2, 1, 3]  # nor are their states stored; training's are not for testing
 
 
 @pytest.mark.parametrize("select_by", ["loss", "cer"])
@@ -287,6 +288,39 @@ def test_a_score_that_is_no_number_is_never_the_best(job, tmp_path, monkeypatch,
     results = job(tmp_path, "--layers", "[2, 4]", "--select_by", select_by)
     assert len(results["history"]) == 2 and math.isnan(results["history"][1]["loss"])
     assert results["dev"]["loss"] == results["history"][0]["loss"] and results["test"]
+
+
+def test_patience_begins_when_an_epoch_can_be_chosen(job, tmp_path, monkeypatch):
+    scores, seen = CTCBrain.scores, []
+
+    def diverging(brain, stage):
+        seen.append(stage)
+        return scores(brain, stage) | ({"loss": math.nan} if len(seen) == 3 else {})
+
+    monkeypatch.setattr(CTCBrain, "scores", diverging)
+    options = ["--number_of_epochs", "4", "--frozen_epochs", "2", "--patience", "2"]
+    results = job(tmp_path, *options, "--bottleneck", "4", "--testing", "false", method="tpa")
+    assert math.isnan(results["history"][2]["loss"]) and results["epochs"] == 4
+
+
+def test_layer_weights_are_those_of_the_best_epoch_without_a_test_set_too(job, tmp_path):
+    options = ["--number_of_epochs", "3", "--lr_fusion", "0.5", "--lr_head", "0.5"]
+    tried = job(tmp_path, *options, "--testing", "false", method="weighted_sum")
+    tested = job(tmp_path, *options, "--test_only", method="weighted_sum")
+    assert tried["layer_weights"] == tested["layer_weights"]
+
+
+def test_another_encoder_is_refused_before_its_states_are_stored(
+    job, tmp_path, make_encoder_folder
+):
+    options = ["--layers", "[2, 4]", "--number_of_epochs", "1"]
+    job(tmp_path / "run", *options)
+    config = (tmp_path / "run/config.yaml").read_text()
+    options += ["--encoder", make_encoder_folder("wavlm-base"), "--cache", str(tmp_path / "store")]
+    with pytest.raises(CheckpointError, match="encoder.fingerprint: .* in the checkpoint"):
+        job(tmp_path / "run", *options)
+    assert (tmp_path / "run/config.yaml").read_text() == config
+    assert not (tmp_path / "store").exists()
 
 
 def test_memory_that_is_full_is_answered_with_what_takes_less(monkeypatch, capsys):

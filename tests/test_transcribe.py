@@ -255,8 +255,29 @@ def test_results_may_go_to_a_file_for_each_recording(learned, tones, tmp_path, c
         assert names == sorted(f"u{n}.{suffix}" for n in range(12))
     assert capsys.readouterr().out == ""
     assert (tmp_path / "text" / "u5.txt").read_text() == recognised(learned[0])["u5"] + "\n"
-    with pytest.raises(ExportError, match="give a folder"):
-        main([str(learned[2]), str(tones), "--format", "srt"])
+
+
+def test_subtitles_of_several_recordings_are_refused_before_any_is_heard(
+    learned,  # noqa: F811
+    tones,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setattr(Transcriber, "batch", None)
+    for output in ([], ["--output", str(tmp_path / "all.srt")]):
+        with pytest.raises(ExportError, match="give a folder"):
+            main([str(learned[2]), str(tones), "--format", "srt", *output])
+
+
+def test_a_transcript_beside_its_recording_is_not_written_over(learned, tones, tmp_path, capsys):  # noqa: F811
+    for number in range(2):
+        shutil.copy(tones / f"u{number}.wav", tmp_path)
+    (tmp_path / "u0.txt").write_text("what was said")
+    failures = transcribe(load_exported(learned[2]), [str(tmp_path)], str(tmp_path))
+    assert [failure.name for failure in failures] == [str(tmp_path / "u0.wav")]
+    assert "u0.txt lies beside it and may be its transcript" in capsys.readouterr().err
+    assert (tmp_path / "u0.txt").read_text() == "what was said"
+    assert (tmp_path / "u1.txt").read_text() == recognised(learned[0])["u1"] + "\n"
 
 
 def test_a_recording_that_breaks_off_leaves_nothing_of_its_own(
@@ -328,6 +349,16 @@ def test_stretches_of_a_script_without_spaces_are_joined_without_one(tmp_path):
     with open(tmp_path / "a.txt", "w", encoding="utf-8") as file:
         write_text("", found, file)
     assert (tmp_path / "a.txt").read_text() == text + "\n"
+
+
+def test_spaces_in_a_script_without_them_are_kept_where_windows_are_joined(tmp_path):
+    model, units = Heard(), CharUnits.from_texts(["กขคงจฉชซญฎ"])
+    model.units = units
+    text = sentence(400)
+    with open(tmp_path / "a.txt", "w", encoding="utf-8") as file:
+        write_text("", Transcriber(model).stream([spoken(text)[0]]), file)
+    expected = units.decode(UNITS.encode(text))
+    assert (tmp_path / "a.txt").read_text() == expected + "\n" and expected.count(" ") == 399
 
 
 MEMORY = """

@@ -20,6 +20,9 @@ class AdapterError(ValueError):
     """An adapter that does not fit; says what differs."""
 
 
+WIDTHS = ("bottleneck", "rank", "length", "division")  # of the options
+
+
 class Adapter(nn.Module):
     """One method, attached under one name to some layers of one encoder.
 
@@ -42,6 +45,10 @@ class Adapter(nn.Module):
 
     def __init__(self, layers: LayerSpec = "all", **options):
         super().__init__()
+        for name in WIDTHS:
+            width = options.get(name, 1)
+            if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+                raise AdapterError(f"{name}={width!r}: expected a whole number above 0")
         self.method = ""  # set by attach
         self.layer_spec, self.options = layers, options
         self.layers: list[int] = []

@@ -97,8 +97,6 @@ class Compacter(Adapter):
             raise AdapterError(
                 f"activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}"
             )
-        if bottleneck % division:
-            raise AdapterError(f"division={division} does not divide bottleneck={bottleneck}")
         super().__init__(
             layers,
             bottleneck=bottleneck,
@@ -106,6 +104,8 @@ class Compacter(Adapter):
             places=places_of(places),
             activation=activation,
         )
+        if bottleneck % division:
+            raise AdapterError(f"division={division} does not divide bottleneck={bottleneck}")
         self.a = nn.Parameter(torch.randn(division, division, division) / division**0.5)
 
     def insert(self, encoder: nn.Module, number: int) -> None:  # noqa: D102

@@ -90,10 +90,11 @@ class LoRA(Adapter):
 
     def insert(self, encoder: nn.Module, number: int) -> None:  # noqa: D102
         rank, alpha = self.options["rank"], self.options["alpha"]
+        alpha = rank if alpha is None else alpha
         for target in self.options["targets"]:
             for place, linear in enumerate(encoder.parts(number).linear(target), start=1):
                 key = f"{number}_{target}_{place}"
-                part = LowRank(linear, rank, alpha or rank, self.options["dropout"])
+                part = LowRank(linear, rank, alpha, self.options["dropout"])
                 self.parts[key], self._hosts[key] = part, linear
                 self.change_output(linear, functools.partial(_add_beside, part), reads=linear)
 

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import nn
 
-from hff_modules.adapters.base import Adapter, AdapterError
+from hff_modules.adapters.base import Adapter
 
 
 class KeysAndValues(nn.Module):
@@ -71,8 +71,6 @@ class Prefix(Adapter):
     identity_at_birth = False
 
     def __init__(self, layers="all", length: int = 16):
-        if length < 1:
-            raise AdapterError(f"length={length}: expected at least 1")
         super().__init__(layers, length=length)
 
     def insert(self, encoder: nn.Module, number: int) -> None:  # noqa: D102

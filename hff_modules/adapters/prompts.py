@@ -23,8 +23,6 @@ class Frames(nn.Module):
 
     def __init__(self, length: int, size: int, std: float | None = None):
         super().__init__()
-        if length < 1:
-            raise AdapterError(f"length={length}: expected at least 1 frame")
         self.frames = nn.Parameter(torch.empty(length, size))
         if std is None:
             nn.init.xavier_uniform_(self.frames)
@@ -79,6 +77,8 @@ class PAdapter(Adapter):
         super().__init__((), length=length)
 
     def insert(self, encoder: nn.Module, number: int) -> None:  # noqa: D102
+        if encoder.top < 1:
+            raise AdapterError("layers: the encoder's first one is not there to read the frames")
         self.parts["1"] = Frames(self.options["length"], encoder.hidden_size, std=0.02)
 
     def frames_in_front(self, number: int) -> torch.Tensor | None:  # noqa: D102

@@ -343,8 +343,11 @@ class SSLBrain(sb.Brain):
         elif not is_finite(scores, chosen_by):
             name = chosen_by if not math.isfinite(score) else "loss"
             logger.warning(f"epoch {epoch}: {name} on dev is {scores[name]}, it cannot be chosen")
-            meta = {"epoch": epoch}
-            self.hparams.epoch_counter.update_metric(math.inf)
+            meta, counter = {"epoch": epoch}, self.hparams.epoch_counter
+            counter.best_limit = max(  # patience does not count epochs that could not be the best
+                counter.best_limit, counter.limit_warmup, self.head_first.epochs
+            )
+            counter.update_metric(math.inf)
         else:
             self.hparams.epoch_counter.update_metric(score)
         if self.checkpointer is not None:
@@ -401,6 +404,8 @@ class SSLBrain(sb.Brain):
             self.evaluate(loader, min_key=self.hparams.select_by)
             results[name] = self.test_scores
             logger.info(f"test {name}: {self.test_scores}")
+        if not test_sets:  # what is told of the weights is told of the best ones, too
+            self.on_evaluate_start(min_key=self.hparams.select_by)
         return results
 
     def results(self, test: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from speechbrain.utils.metric_stats import ClassificationStats
 
 from hff_modules.auto_layers import choose_layers
 from hff_modules.brains.base import SSLBrain
-from hff_modules.brains.job import asked_for, build_modules, keep, train_and_test
+from hff_modules.brains.job import asked_for, build_modules, keep, to_be_read, train_and_test
 from hff_modules.data.loading import (
     add_label_items,
     check_labels,
@@ -168,12 +168,13 @@ def train_classification(
     )
     text = json.dumps(labels, indent=1, ensure_ascii=False) + "\n"
     chosen_by = {part: datasets[part] for part in ("train", "dev")}
-    keep(hparams, chosen_by, brain.test_only, **{"labels.json": text})
+    keep(brain, hparams, chosen_by, **{"labels.json": text})
     train_set, dev_set = datasets.pop("train"), datasets.pop("dev")
     test_sets = asked_for(datasets, hparams)
     everything = [train_set, dev_set, *test_sets.values()]
     vary_speed(train_set, hparams)
-    cache = brain.head_first.filled_cache(hparams, everything)
+    read = to_be_read(brain, train_set, dev_set, test_sets.values())
+    cache = brain.head_first.filled_cache(hparams, read, training=not brain.test_only)
     for dataset in everything:
         add_label_items(dataset, labels, modules["encoder"].minimum_samples, cache)
     return train_and_test(brain, hparams, train_set, dev_set, test_sets)

@@ -26,6 +26,7 @@ from hff_modules.brains.job import (
     build_modules,
     evaluation_loader,
     keep,
+    to_be_read,
     train_and_test,
 )
 from hff_modules.data.loading import (
@@ -289,13 +290,15 @@ def train_ctc(
         check_unheard(hparams["start_from"], {"dev": dev_set, **test_sets})
         found = start_from(brain.trained, units, hparams["start_from"])
         brain.about["start_from"], files[STARTED_FROM] = found, json.dumps(found, indent=1) + "\n"
-    keep(hparams, {"train": train_set, "dev": dev_set}, brain.test_only, **files)
+    keep(brain, hparams, {"train": train_set, "dev": dev_set}, **files)
     if if_main_process():
         units.save(Path(hparams["output_folder"]) / "units")
     test_sets = asked_for(test_sets, hparams)
     everything = [train_set, dev_set, *test_sets.values()]
     vary_speed(train_set, hparams)
-    cache = brain.head_first.filled_cache(hparams, everything)
+    read = to_be_read(brain, train_set, dev_set, test_sets.values())
+    read += [dev_set] if lm is not None and brain.test_only else []
+    cache = brain.head_first.filled_cache(hparams, read, training=not brain.test_only)
     for dataset in everything:
         add_ctc_items(dataset, units, encoder.minimum_samples, cache)
     train_set = drop_unalignable(train_set, units, encoder.count_frames)

@@ -92,17 +92,23 @@ class HeadFirst:
             self.set(before)
 
     def filled_cache(
-        self, hparams: Mapping[str, Any], datasets: Iterable[DynamicItemDataset]
+        self,
+        hparams: Mapping[str, Any],
+        datasets: Iterable[DynamicItemDataset],
+        training: bool = True,
     ) -> "StateCache | SwitchedCache | None":
-        """Store what training cannot change: as :func:`filled_cache`, for both times."""
+        """Store what training cannot change: as :func:`filled_cache`, for both times.
+
+        Without ``training`` nothing waits, and the plain encoder's states are not needed.
+        """
         datasets = list(datasets)
         cache = filled_cache(hparams, self.encoder, datasets)
-        if not self.epochs:
-            end_if_only_filled(hparams, cache)
+        if not self.epochs or not training:
+            end_if_only_filled(hparams, self.encoder, cache)
             return cache
         with self.waits():
             plain = filled_cache(hparams, self.encoder, datasets)
-        end_if_only_filled(hparams, plain, cache)
+        end_if_only_filled(hparams, self.encoder, plain, cache)
         return SwitchedCache(self, plain, cache)
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,29 +118,29 @@ def build_modules(hparams: Mapping[str, Any], **head_sizes: Any) -> dict[str, nn
 
 
 def keep(
+    brain: SSLBrain,
     hparams: Mapping[str, Any],
     data: Mapping[str, DynamicItemDataset],
-    test_only: bool = False,
     **files: str,
 ) -> None:
     """Write the merged settings as ``config.yaml``, and other files, into the output folder.
 
     Arguments
     ---------
+    brain : SSLBrain
     hparams : Mapping[str, Any]
     data : Mapping[str, DynamicItemDataset]
         What it is trained on and chosen by; ``data.json`` has a hash of each.
-    test_only : bool
     **files : str
         Texts by name.
 
     Raises
     ------
     ValueError
-        The folder has a checkpoint of a run with other settings or data, which would be continued,
-        or tested, as if it had these.
+        The folder has a checkpoint of a run with another encoder, other settings or data, which
+        would be continued, or tested, as if it had these.
     """
-    folder = Path(hparams["output_folder"])
+    test_only, folder = brain.test_only, Path(hparams["output_folder"])
     processes = torch.distributed.get_world_size() if is_distributed_initialized() else 1
     found = {part: _described(dataset) for part, dataset in data.items()}
     _refuse_other_settings(hparams, (*MAY_CHANGE, *(IN_TESTING if test_only else ())))
@@ -160,6 +160,8 @@ def keep(
                     f"{now}{', not all the same' if then == now else ''} (manifests-now beside its "
                     "manifests); choose another --output_folder, or delete that one to start anew"
                 )
+    if _begun(folder):  # now, as storing the states of another encoder takes hours
+        brain.trained.check(max(folder.glob("save/CKPT*")))
     if if_main_process():
         files["data.json"] = json.dumps({**found, "processes": processes}, indent=1) + "\n"
         files["config.yaml"] = hparams["config"]
@@ -202,6 +204,11 @@ def _described(dataset: DynamicItemDataset) -> dict[str, Any]:
 def asked_for(test_sets: Mapping[str, Any], hparams: Mapping[str, Any]) -> dict[str, Any]:
     """The test sets; none with ``testing: false``, or their states would be stored for nothing."""
     return dict(test_sets) if hparams["testing"] else {}
+
+
+def to_be_read(brain: SSLBrain, train_set, dev_set, others: Iterable) -> list:
+    """The sets whose states are to be stored; with ``--test_only`` training's are not."""
+    return [*others] if brain.test_only else [train_set, dev_set, *others]
 
 
 def train_and_test(

@@ -24,7 +24,14 @@ from torch.utils.data import DataLoader
 
 from hff_modules.auto_layers import choose_layers
 from hff_modules.brains.base import SSLBrain
-from hff_modules.brains.job import asked_for, build_modules, evaluation_loader, keep, train_and_test
+from hff_modules.brains.job import (
+    asked_for,
+    build_modules,
+    evaluation_loader,
+    keep,
+    to_be_read,
+    train_and_test,
+)
 from hff_modules.data.loading import add_label_items, add_signal, read_speech
 from hff_modules.data.speed import vary_speed
 from hff_modules.data.trials import Trial, read_trials
@@ -284,7 +291,7 @@ def train_speaker(
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    keep(hparams, {"train": train_set, "dev": evaluated["dev"]}, brain.test_only)
+    keep(brain, hparams, {"train": train_set, "dev": evaluated["dev"]})
     encoder = modules["encoder"]
     vary_speed(train_set, hparams)
     dev_set = evaluated.pop("dev")
@@ -294,7 +301,8 @@ def train_speaker(
         chosen = choose_cohort(of_train, hparams["cohort_speakers"], hparams["cohort_utterances"])
         once_more = read_speech([source], data_root, columns)  # these keep their speed
         as_they_are.append(FilteredSortedDynamicItemDataset(once_more, chosen))
-    cache = brain.head_first.filled_cache(hparams, [train_set, *as_they_are])
+    read = to_be_read(brain, train_set, dev_set, as_they_are[1:])
+    cache = brain.head_first.filled_cache(hparams, read, training=not brain.test_only)
     add_label_items(train_set, {"spk_id": speakers}, encoder.minimum_samples, cache)
     for dataset in as_they_are:
         add_signal(dataset, encoder.minimum_samples, cache)

@@ -12,7 +12,7 @@ from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
-from hff_modules.cache import StateCache
+from hff_modules.cache import StateCache, why_nothing_is_kept
 from hff_modules.data.audio import read_audio
 from hff_modules.data.manifest import COLUMNS, read_rows
 from hff_modules.data.speed import change_speed, speeds_of
@@ -76,7 +76,7 @@ def filled_cache(
         An utterance is longer than the encoder takes at once (Whisper's 30 s).
     """
     datasets = list(datasets)
-    _refuse_too_long(encoder, datasets)
+    refuse_too_long(encoder, datasets)
     if hparams["cache"] is None or not encoder.stored_layers:
         return None
     cache = StateCache(
@@ -88,12 +88,14 @@ def filled_cache(
         for speed in speeds_of(dataset)
         for name in dataset.data_ids
     ]
-    wavs, seconds, speeds = zip(*wanted, strict=True)
-    cache.fill(wavs, seconds, hparams["batch_seconds"], speeds=speeds)
+    if wanted:
+        wavs, seconds, speeds = zip(*wanted, strict=True)
+        cache.fill(wavs, seconds, hparams["batch_seconds"], speeds=speeds)
     return cache
 
 
-def _refuse_too_long(encoder: torch.nn.Module, datasets: Iterable[DynamicItemDataset]) -> None:
+def refuse_too_long(encoder: torch.nn.Module, datasets: Iterable[DynamicItemDataset]) -> None:
+    """Refuse utterances that are longer than the encoder takes at once (Whisper's 30 s)."""
     most = encoder.maximum_samples
     if most is None:
         return
@@ -108,7 +110,9 @@ def _refuse_too_long(encoder: torch.nn.Module, datasets: Iterable[DynamicItemDat
             )
 
 
-def end_if_only_filled(hparams: Mapping[str, Any], *caches: StateCache | None) -> None:
+def end_if_only_filled(
+    hparams: Mapping[str, Any], encoder: torch.nn.Module, *caches: StateCache | None
+) -> None:
     """End the process here if ``fill_only`` asks for stored states and nothing else.
 
     Raises
@@ -120,7 +124,7 @@ def end_if_only_filled(hparams: Mapping[str, Any], *caches: StateCache | None) -
         return
     filled = [cache for cache in caches if cache is not None]
     if not filled:
-        reason = "training reaches the front end" if hparams["cache"] else "cache is null"
+        reason = "cache is null" if hparams["cache"] is None else why_nothing_is_kept(encoder)
         raise ValueError(f"fill_only: there is nothing to store, as {reason}")
     if if_main_process():
         for cache in filled:

@@ -46,16 +46,13 @@ class SpeedChoice:
         return self.speeds[number % len(self.speeds)]
 
 
-def vary_speed(dataset: DynamicItemDataset, hparams: Mapping[str, Any]) -> None:
-    """Let the training part give its signals at the speeds that are asked for.
+def checked_speeds(hparams: Mapping[str, Any]) -> list[float]:
+    """The speeds that are asked for.
 
     Arguments
     ---------
-    dataset : DynamicItemDataset
-        Before its items are added.
     hparams : Mapping[str, Any]
-        ``speed`` (a list; empty: as it is), ``speed_cache``, ``cache``, ``epoch_counter``,
-        ``seed``.
+        ``speed`` (a list; empty: as it is), ``speed_cache``, ``cache``.
 
     Raises
     ------
@@ -75,7 +72,7 @@ def vary_speed(dataset: DynamicItemDataset, hparams: Mapping[str, Any]) -> None:
     if len({_percent(speed) for speed in speeds}) != len(speeds):
         raise ValueError(f"speed: expected different speeds, got {list(speeds)}")
     if not speeds:
-        return
+        return []
     if hparams["speed_cache"] not in WITH_CACHE:
         raise ValueError(
             f"speed_cache: expected one of {', '.join(WITH_CACHE)}, got {hparams['speed_cache']!r}"
@@ -85,7 +82,22 @@ def vary_speed(dataset: DynamicItemDataset, hparams: Mapping[str, Any]) -> None:
             f"speed: {list(speeds)} would store the training part {len(speeds)} times; "
             "speed_cache: variants allows that, cache: null does without"
         )
-    dataset.speeds = SpeedChoice(speeds, hparams["epoch_counter"], hparams["seed"])
+    return list(speeds)
+
+
+def vary_speed(dataset: DynamicItemDataset, hparams: Mapping[str, Any]) -> None:
+    """Let the training part give its signals at the speeds that are asked for.
+
+    Arguments
+    ---------
+    dataset : DynamicItemDataset
+        Before its items are added.
+    hparams : Mapping[str, Any]
+        As :func:`checked_speeds` has them, ``epoch_counter`` and ``seed``.
+    """
+    speeds = checked_speeds(hparams)
+    if speeds:
+        dataset.speeds = SpeedChoice(speeds, hparams["epoch_counter"], hparams["seed"])
 
 
 def speeds_of(dataset: DynamicItemDataset) -> list[float]:
