@@ -398,14 +398,15 @@ class SSLBrain(sb.Brain):
 
     def test(self, test_sets: Mapping[str, DataLoader]) -> dict[str, dict[str, float]]:
         """Score the best checkpoint on each test set, by name."""
-        results = {}
+        results, chosen_by = {}, self.hparams.select_by
         for name, loader in test_sets.items():
             self.test_set = name
-            self.evaluate(loader, min_key=self.hparams.select_by)
+            self.evaluate(loader, min_key=chosen_by)
             results[name] = self.test_scores
             logger.info(f"test {name}: {self.test_scores}")
-        if not test_sets:  # what is told of the weights is told of the best ones, too
-            self.on_evaluate_start(min_key=self.hparams.select_by)
+        saved = self.checkpointer
+        if not test_sets and saved is not None and saved.find_checkpoint(min_key=chosen_by):
+            self.on_evaluate_start(min_key=chosen_by)  # for what is told of the best weights
         return results
 
     def results(self, test: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
