@@ -13,6 +13,7 @@ from torch import nn
 from hff_modules.adapters.bottleneck import Bottleneck
 from hff_modules.frontend import valid_mask
 
+PACE = 100  # of the weights in a softmax beside maps: as their best rates are to each other's
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
@@ -315,6 +316,7 @@ class HierarchicalFusion(Fusion):
         u_m^0     = act(W_m LN_m(h_m) + b_m)                one per state, input_size -> hidden_size
         u_m^(j+1) = merge(u_2m^j, u_(2m+1)^j)               an odd one moves up as it is
         features  = W_out u^top + b_out                     hidden_size -> output_size
+                    + sum_m softmax(100 w)_m LN(h_m)        with ``residual``
 
     with one of three merges, each with parameters of its own:
 
@@ -340,6 +342,11 @@ class HierarchicalFusion(Fusion):
         "gelu", "relu", "silu" or "tanh".
     kernel_size : int
         Frames that the "conv" merge sees; odd.
+    residual : bool
+        Add the hierarchy, zero at first (``W_out = 0, b_out = 0``), to a weighted sum of the
+        normalised states (no trained scale), their mean at first (``w = 0``): the head reads speech
+        from the first step on. The weights are few and must move far, a hundred times as fast as
+        the rest. Needs ``output_size = input_size``; ``num_states`` more numbers are trained.
 
     Example
     -------
@@ -358,6 +365,7 @@ class HierarchicalFusion(Fusion):
         layer_norm: bool = True,
         activation: str = "gelu",
         kernel_size: int = 5,
+        residual: bool = False,
     ):
         super().__init__(num_states, input_size, output_size or input_size)
         if activation not in _ACTIVATIONS:
@@ -368,8 +376,13 @@ class HierarchicalFusion(Fusion):
             raise ValueError(f"merge={merge!r}: expected one of {', '.join(_MERGES)}")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size}: expected an odd number of frames")
+        if residual and self.output_size != input_size:
+            raise ValueError(
+                f"residual: output_size={output_size} must be input_size={input_size}, as the "
+                "states are added"
+            )
         act = _ACTIVATIONS[activation]
-        self.hidden_size = hidden_size
+        self.hidden_size, self.residual, self.layer_norm = hidden_size, residual, layer_norm
         self.inputs = nn.ModuleList(
             _Project(_norm(input_size, layer_norm), nn.Linear(input_size, hidden_size), act())
             for _ in range(num_states)
@@ -387,6 +400,17 @@ class HierarchicalFusion(Fusion):
             )
             nodes = (nodes + 1) // 2
         self.output = nn.Linear(hidden_size, self.output_size)
+        if residual:
+            self.weights = nn.Parameter(torch.zeros(num_states))
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)
+
+    def layer_weights(self) -> list[float] | None:
+        """The weight that each state has now beside the hierarchy; None without ``residual``."""
+        return self._shares().tolist() if self.residual else None
+
+    def _shares(self) -> torch.Tensor:
+        return torch.softmax(PACE * self.weights, 0)
 
     def forward(self, states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """Fuse.
@@ -405,11 +429,20 @@ class HierarchicalFusion(Fusion):
         """
         self.check(states)
         mask = None if lengths is None else valid_mask(lengths, states.shape[2]).unsqueeze(-1)
-        nodes = [project(state) for project, state in zip(self.inputs, states, strict=True)]
+        if self.residual:  # normalised once for both ways
+            normal = nn.functional.layer_norm(states, (self.input_size,))
+            nodes = [
+                project.of_normal(one) if self.layer_norm else project(state)
+                for project, state, one in zip(self.inputs, states, normal, strict=True)
+            ]
+        else:
+            nodes = [project(state) for project, state in zip(self.inputs, states, strict=True)]
         for level in self.merges:
             merged = [merge(nodes[2 * m], nodes[2 * m + 1], mask) for m, merge in enumerate(level)]
             nodes = merged + nodes[2 * len(level) :]
-        return self.output(nodes[0])
+        if not self.residual:
+            return self.output(nodes[0])
+        return self.output(nodes[0]) + torch.einsum("k,kbtd->btd", self._shares(), normal)
 
 
 def _norm(size: int, layer_norm: bool) -> nn.Module:
@@ -427,7 +460,11 @@ class _Project(nn.Sequential):
         norm, linear, activation = self
         if isinstance(norm, nn.Identity):
             return activation(linear(state))
-        normal = nn.functional.layer_norm(state, norm.normalized_shape, eps=norm.eps)
+        return self.of_normal(nn.functional.layer_norm(state, norm.normalized_shape))
+
+    def of_normal(self, normal: torch.Tensor) -> torch.Tensor:
+        """The same of a state that is normalised already, but for LayerNorm's scale and shift."""
+        norm, linear, activation = self
         bias = linear.bias + linear.weight @ norm.bias
         return activation(nn.functional.linear(normal, linear.weight * norm.weight, bias))
 

@@ -34,6 +34,8 @@ MAKERS = {
     "hff_concat": lambda k: HierarchicalFusion(k, 12, 4, 6),
     "hff_gated": lambda k: HierarchicalFusion(k, 12, 4, 6, merge="gated"),
     "hff_conv": lambda k: HierarchicalFusion(k, 12, 4, 6, merge="conv"),
+    "hff_residual": lambda k: HierarchicalFusion(k, 12, 4, residual=True),
+    "hff_residual_plain": lambda k: HierarchicalFusion(k, 12, 4, layer_norm=False, residual=True),
     "hff_plain": lambda k: HierarchicalFusion(k, 12, 4, 6, layer_norm=False, activation="relu"),
 }
 
@@ -128,6 +130,25 @@ def test_hierarchical_conv_has_the_output_and_gradients_of_torch_convolutions():
     found = torch.autograd.grad((features * direction).sum(), fusion.parameters())
     for name, a, b in zip(names, found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=lambda m, name=name: name + m)
+
+
+def test_a_residual_fusion_is_the_mean_of_normal_states_at_first_and_their_sum_with_the_hierarchy():
+    fusion = HierarchicalFusion(5, 12, 4, residual=True)
+    normal = nn.functional.layer_norm(STATES, (12,))
+    torch.testing.assert_close(fusion(STATES), normal.mean(0))
+    assert fusion.layer_weights() == pytest.approx([0.2] * 5)
+    randomise(fusion)
+    with torch.no_grad():
+        fusion.weights.div_(100)
+    plain = HierarchicalFusion(5, 12, 4)
+    plain.load_state_dict({k: v for k, v in fusion.state_dict().items() if k != "weights"})
+    shares = torch.tensor(fusion.layer_weights())
+    torch.testing.assert_close(shares, torch.softmax(100 * fusion.weights.detach(), 0))
+    expected = plain(STATES) + (shares[:, None, None, None] * normal).sum(0)
+    torch.testing.assert_close(fusion(STATES), expected, rtol=1e-4, atol=1e-5)
+    assert plain.layer_weights() is None and count(fusion) == count(plain) + 5
+    with pytest.raises(ValueError, match="residual: output_size=6 must be input_size=12"):
+        HierarchicalFusion(5, 12, 4, 6, residual=True)
 
 
 def test_hierarchical_fusion_equals_its_formula_on_five_states():

@@ -458,9 +458,10 @@ class SSLBrain(sb.Brain):
     def layer_weights(self) -> dict[str, dict[int, float]]:
         """``layer_weights``: {layer: learned weight} where the fusion has them, else nothing."""
         fusion = self.parts["fusion"]
-        if not hasattr(fusion, "layer_weights"):
+        found = fusion.layer_weights() if hasattr(fusion, "layer_weights") else None
+        if found is None:
             return {}
-        pairs = zip(self.encoder.layers, fusion.layer_weights(), strict=True)
+        pairs = zip(self.encoder.layers, found, strict=True)
         return {"layer_weights": {layer: round(weight, 6) for layer, weight in pairs}}
 
     def report(self, test: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
