@@ -27,7 +27,7 @@ LESS_MEMORY = (
     "It takes less with a lower --batch_seconds; in training also with --encoder_precision bf16 "
     "and --precision bf16, and --grad_accumulation_factor keeps steps as large as they were."
 )
-MAY_BE_NULL = ("tensorboard", "masking")  # of the objects
+MAY_BE_NULL = ("tensorboard", "masking", "checkpointer")  # of the objects
 STRUCTURED = tuple("[{!&*'\"|>")  # how YAML begins that is more than a word
 
 

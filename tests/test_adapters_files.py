@@ -12,7 +12,7 @@ from hff_modules.config import _dump, merge_files
 from tests.test_encoder import SAMPLES, speech
 
 FILES = sorted(HPARAMS.glob("*.yaml"))
-KEYS = ("method", "layers", "adapters", "fusion", "lr_norms", "lr_encoder", "k")
+KEYS = ("method", "layers", "adapters", "fusion", "l_activation", "lr_norms", "lr_encoder", "k")
 HORIZONS = {
     "full_finetune": -1, "cnn": -1, "elp": 0, "p_adapter": 0, "inner_inter": 0, "unipet": 0,
     "top_k": 1, "last_layer": 4, "fusion": 3, "concat": 3, "hconv": 4, "weighted_sum": 4,

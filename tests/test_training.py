@@ -122,7 +122,8 @@ def test_every_method_trains_tests_and_leaves_its_results(
     assert written["method"] == method and written["epochs"] == 1
     assert (written["task"], written["dataset"]) == ("asr", "tones")
     weighing = ("weighted_sum", "l_adapters", "elp", "inner_inter", "unipet")
-    assert bool(weights) == (method in (*weighing, "houlsby_weighted_sum"))
+    weighing += ("houlsby_weighted_sum", "fusion", "fusion_tpa", "fusion_houlsby")
+    assert bool(weights) == (method in weighing)
     if weights:
         assert list(weights) == [str(layer) for layer in written["layers"]]
         assert sum(weights.values()) == pytest.approx(1, abs=1e-4)

@@ -362,13 +362,15 @@ def test_spaces_in_a_script_without_them_are_kept_where_windows_are_joined(tmp_p
 
 
 MEMORY = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from hff_modules.exported import load_exported
 from hff_modules.transcribe import transcribe
 model = load_exported(sys.argv[1])
 assert not transcribe(model, [sys.argv[2]], sys.argv[2] + ".jsonl", "jsonl", window=4, overlap=1,
                       batch_seconds=4)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+# Of this process: ru_maxrss counts what the one that started it had, too.
+print(int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
 """
 
 
@@ -384,6 +386,6 @@ def test_memory_does_not_grow_with_the_length_of_a_recording(learned, tones, tmp
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         peaks[name] = float(done.stdout)
-        assert len(json.loads(Path(f"{path}.jsonl").read_text())["words"]) > times
+        assert len(json.loads(Path(f"{path}.jsonl").read_text())["text"]) > 10 * times
     # The long one's samples alone would be 19 MB, its states as much again.
     assert peaks["long"] - peaks["short"] < 10, peaks
