@@ -430,6 +430,13 @@ def test_what_speechbrain_takes_as_a_run_option_is_a_setting_of_the_run(job, tmp
     assert first["settings"] == second["settings"] != other["settings"]
 
 
+def test_a_long_setting_is_shown_where_it_differs(job, tmp_path):
+    options = ["--layers", "[2, 4]", "--number_of_epochs", "1"]
+    job(tmp_path, *options)
+    with pytest.raises(ValueError, match=r"fusion ….*: True\} \(now ….*: False\}\)"):
+        job(tmp_path, *options, "--fusion", "{residual: false}")
+
+
 def test_a_warmup_of_all_steps_is_refused(job, tmp_path):
     with pytest.raises(ValueError, match="warmup: expected a share below 1, got 1.0"):
         job(tmp_path, "--warmup", "1.0")

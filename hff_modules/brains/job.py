@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def _refuse_other_settings(hparams: Mapping[str, Any], may_change: Sequence[str]
     old = read_text(path)
     parse_yaml(old, path)  # which names the file if it is damaged
     changed = [
-        f"{key} {then!s:.60} (now {now!s:.60})"
+        "{} {} (now {})".format(key, *_where_they_differ(str(then), str(now)))
         for key, (then, now) in changed_settings(old, hparams["config"]).items()
         if key not in may_change
     ]
@@ -191,6 +192,13 @@ def _refuse_other_settings(hparams: Mapping[str, Any], may_change: Sequence[str]
             f"{folder} holds a run with {', '.join(changed)}; choose another --output_folder, "
             "or delete that one to start anew"
         )
+
+
+def _where_they_differ(one: str, other: str) -> tuple[str, str]:
+    """Sixty characters of each, among them the first that differ."""
+    same = len(os.path.commonprefix([one, other]))
+    start = 0 if same < 40 else same - 20
+    return tuple("…" * (start > 0) + text[start : start + 60] for text in (one, other))
 
 
 def _described(dataset: DynamicItemDataset) -> dict[str, Any]:
